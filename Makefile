@@ -1,0 +1,40 @@
+# make help lists the targets.
+PYTHON ?= $(shell command -v python3.11 2>/dev/null || echo python3)
+# More arguments for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu for a torch without CUDA.
+PIP_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Several torch processes on few cores: a waiting thread must sleep, not spin.
+export OMP_WAIT_POLICY := passive
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test demo lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP) ## create .venv and install the package with its development tools
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
+	@touch $@
+
+test: venv ## run the tests in two processes, without the Hub
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+
+demo: venv ## run the demonstration
+	$(BIN)/python examples/demo.py
+
+lint: venv ## check style, format and types
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy src
+
+clean: ## remove everything that can be made again, downloaded models excepted
+	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache
+	find src tests examples -type d -name __pycache__ -prune -exec rm -rf {} +

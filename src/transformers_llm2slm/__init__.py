@@ -1,0 +1,27 @@
+"""LLM-to-SLM for transformers: a frozen large model reads, a small one writes (arXiv 2402.16844).
+
+Importing this package registers its model with the Auto classes and the task `text2text-generation` with `pipeline`.
+"""
+
+from .configuration_llm2slm import LLM2SLMConfig
+from .data_collator import LLM2SLMDataCollator
+from .modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMModel, LLM2SLMOutput
+from .processing_llm2slm import LLM2SLMProcessor
+from .projector import LLM2SLMProjector
+from .prompt import LLM2SLMPrompt
+from .registration import register
+
+__version__ = "0.1.0"
+
+register()
+
+__all__ = [
+    "LLM2SLMConfig",
+    "LLM2SLMDataCollator",
+    "LLM2SLMForConditionalGeneration",
+    "LLM2SLMModel",
+    "LLM2SLMOutput",
+    "LLM2SLMProcessor",
+    "LLM2SLMProjector",
+    "LLM2SLMPrompt",
+]

@@ -1,0 +1,357 @@
+"""Composing a model of two, and putting a loaded one together again, with checks that nothing is guessed."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from .configuration_llm2slm import (
+    FUSIONS,
+    LLM_SUBFOLDER,
+    PROJECTOR_INITS,
+    LLM2SLMConfig,
+    check_choice,
+    encoder_text_config,
+)
+from .loading import (
+    HUB_ARGUMENTS,
+    adopt_llm,
+    cut_slm,
+    llm_fingerprint,
+    load_llm,
+    load_slm,
+    resolved_commit,
+    slm_auto_class,
+    take_prefixed,
+)
+from .structure import check_can_write
+
+if TYPE_CHECKING:
+    from .modeling_llm2slm import LLM2SLMForConditionalGeneration
+    from .processing_llm2slm import LLM2SLMProcessor
+
+# Arguments of `from_llm_slm_pretrained` that are fields of the configuration.
+CONFIG_ARGUMENTS = (
+    "llm_layer",
+    "slm_encoder",
+    "projector_hidden_size",
+    "projector_num_layers",
+    "projector_activation",
+    "projector_norm",
+)
+
+
+def compose(
+    cls: type[LLM2SLMForConditionalGeneration],
+    llm: str | os.PathLike | PreTrainedModel,
+    slm: str | os.PathLike | PreTrainedModel | None,
+    *,
+    slm_layers: int | Sequence[int] | None = None,
+    fusion: str | None = None,
+    projector_init: str | None = None,
+    fit_prompts: Sequence[str] | None = None,
+    fit_target: str | int = "embeddings",
+    processor: LLM2SLMProcessor | None = None,
+    **kwargs: Any,
+) -> LLM2SLMForConditionalGeneration:
+    """See [`LLM2SLMForConditionalGeneration.from_llm_slm_pretrained`]."""
+    fields = {name: kwargs.pop(name) for name in CONFIG_ARGUMENTS if kwargs.get(name) is not None}
+    shared = {key: kwargs.pop(key) for key in (*HUB_ARGUMENTS, "dtype", "trust_remote_code") if key in kwargs}
+    llm_kwargs, slm_kwargs = shared | take_prefixed(kwargs, "llm_"), shared | take_prefixed(kwargs, "slm_")
+    if kwargs:
+        raise TypeError(
+            f"`from_llm_slm_pretrained` got unknown argument(s) {', '.join(sorted(kwargs))}. Arguments for one of the two "
+            "models start with `llm_` or `slm_`."
+        )
+    if (slm is None) == (slm_layers is None):
+        raise ValueError("Give either an SLM, or `slm_layers` to cut one from the LLM, and not both.")
+    if fusion is not None:
+        check_choice("fusion", fusion, FUSIONS)
+    if projector_init is not None:
+        check_choice("projector_init", projector_init, PROJECTOR_INITS)
+    if projector_init == "fit" and not fit_prompts:
+        raise ValueError('`projector_init="fit"` needs `fit_prompts=`: a few hundred prompts like those of your task.')
+
+    llm_source, llm_model, slm_source, slm_model = _load_parts(llm, slm, slm_layers, llm_kwargs, slm_kwargs)
+    if slm_layers is not None:
+        slm_model, fields["slm_layers"] = slm_model
+        fields, fusion, projector_init = _defaults_of_cut(llm_model, fields, fusion, projector_init)
+    elif fields.get("slm_encoder", "keep") == "keep":
+        check_can_write(slm_model)
+    fusion = _choose_fusion(fusion, fields, processor, llm_source, slm_source or llm_source, llm_kwargs, slm_kwargs)
+    projector_init = projector_init or "random"
+    if projector_init == "zero" and fusion not in ("add", "align"):
+        raise ValueError(
+            f'`projector_init="zero"` needs `fusion="add"` or `"align"`, got {fusion!r}: nothing of the prompt would reach '
+            "the SLM. Choose another initialisation."
+        )
+
+    config = LLM2SLMConfig(
+        llm_config=_plain(llm_model.config),
+        # A copy: a config sets the attention implementation of its parts anew, and the SLM has chosen its own.
+        slm_config=copy.deepcopy(slm_model.config),
+        fusion=fusion,
+        projector_init=projector_init,
+        projector_residual=projector_init == "identity",
+        llm_name_or_path=llm_source,
+        llm_revision=llm_source and resolved_commit(llm_source, llm_kwargs.get("revision"), llm_kwargs),
+        llm_subfolder=llm_kwargs.get("subfolder", ""),
+        llm_fingerprint=llm_fingerprint(llm_model, llm_source, **llm_kwargs),
+        llm_dtype=llm_model.dtype,
+        slm_name_or_path=slm_source,
+        slm_revision=slm_source and resolved_commit(slm_source, slm_kwargs.get("revision"), slm_kwargs),
+        dtype=slm_model.dtype,
+        **fields,
+    )
+    # A fit takes its goals from the SLM's encoder too, which "skip" drops.
+    whole_slm = copy.deepcopy(slm_model) if config.slm_encoder == "skip" and projector_init == "fit" else slm_model
+    generation_config = slm_model.generation_config
+    model = cls(config, slm=slm_model)
+    model.projector.to(device=slm_model.device, dtype=slm_model.dtype)
+    model.generation_config = _with_pad_token(generation_config)
+    model.model.attach_llm(llm_model)
+    model.name_or_path = ""
+    if projector_init == "fit":
+        from .fit import fit_projector
+
+        if processor is None:
+            processor = _processor(llm_source, slm_source or llm_source, fusion, llm_kwargs, slm_kwargs)
+        fit_projector(model, processor, fit_prompts, target=fit_target, slm=whole_slm)
+    return model.eval()
+
+
+def _load_parts(
+    llm: Any, slm: Any, slm_layers: Any, llm_kwargs: dict[str, Any], slm_kwargs: dict[str, Any]
+) -> tuple[str | None, PreTrainedModel, str | None, Any]:
+    """Sources and models of LLM and SLM; a cut SLM comes with its layers."""
+    llm_source = _source(llm)
+    if slm_layers is not None:
+        if not isinstance(llm, PreTrainedModel):
+            llm = load_slm(llm_source, **llm_kwargs)
+        if llm.get_output_embeddings() is None:
+            raise ValueError(
+                f"An SLM can't be cut from a {type(llm).__name__}: it has no LM head to write with. Pass the LLM as "
+                f"{slm_auto_class(llm.config).__name__}, or name an SLM."
+            )
+        return llm_source, adopt_llm(llm), None, cut_slm(llm, slm_layers)
+    llm_model = adopt_llm(llm) if isinstance(llm, PreTrainedModel) else load_llm(llm_source, **llm_kwargs)
+    slm_model = slm if isinstance(slm, PreTrainedModel) else load_slm(_source(slm), **slm_kwargs)
+    slm_auto_class(slm_model.config)
+    return llm_source, llm_model, _source(slm), slm_model
+
+
+def _source(model: str | os.PathLike | PreTrainedModel | None) -> str | None:
+    """Where a model is from: what the caller gave, or what a model in memory was loaded from, if anything."""
+    if isinstance(model, PreTrainedModel):
+        return model.name_or_path or None
+    return None if model is None else os.fspath(model)
+
+
+def _plain(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a model's config without how it happens to be held in memory."""
+    config = type(config).from_dict(config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _with_pad_token(generation_config: GenerationConfig) -> GenerationConfig:
+    """Decoder-only models often name no padding token; generation then pads with the end of sequence and says so."""
+    if generation_config.pad_token_id is None and (eos := generation_config.eos_token_id) is not None:
+        generation_config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+    return generation_config
+
+
+def _defaults_of_cut(
+    llm: PreTrainedModel, fields: dict[str, Any], fusion: str | None, projector_init: str | None
+) -> tuple[dict[str, Any], str | None, str | None]:
+    """
+    Defaults for an SLM cut from the LLM. For the top k of L layers of a decoder-only LLM they make the SLM's keys and
+    values over the prompt exactly those of the LLM before any training: it starts where layer L-k ends.
+    """
+    layers = fields["slm_layers"]
+    if llm.config.is_encoder_decoder:
+        fields.setdefault("slm_encoder", "skip")
+    else:
+        total = encoder_text_config(llm.config).num_hidden_layers
+        if layers == list(range(total - len(layers), total)):
+            fields.setdefault("llm_layer", total - len(layers))
+    return fields, fusion or "replace", projector_init or "identity"
+
+
+# Tokenizers --------------------------------------------------------------------------------------------------------------
+# Texts on which two tokenizers that are called equal must agree: case, digits, runs of spaces, scripts, code, emoji.
+_PROBES = (
+    "Translate English to German: The house is wonderful, isn't it?",
+    "  Two  spaces,\ttabs\nand 1234567890 digits: 3.14159 \u20ac99",
+    "na\u00efve caf\u00e9 \u00df \u0416\u0443\u043a \u6f22\u5b57 \U0001f642",
+    "def f(x):\n    return x ** 2  # comment",
+)
+
+
+def tokenizers_equal(first: Any, second: Any) -> bool:
+    """Whether two tokenizers turn every text into the same tokens: equal vocabularies, equal tokens on probe texts."""
+    if first is second:
+        return True
+    if first.get_vocab() != second.get_vocab():
+        return False
+    return all(
+        first(text, add_special_tokens=False)["input_ids"] == second(text, add_special_tokens=False)["input_ids"]
+        for text in _PROBES
+    )
+
+
+def load_tokenizer(name_or_path: str, kwargs: Mapping[str, Any]) -> Any:
+    """The tokenizer of a repository, with those of the loading arguments that concern it."""
+    names = (*HUB_ARGUMENTS, "revision", "subfolder", "trust_remote_code")
+    return AutoTokenizer.from_pretrained(name_or_path, **{key: kwargs[key] for key in names if key in kwargs})
+
+
+def _processor(
+    llm: str | None, slm: str | None, fusion: str, llm_kwargs: dict[str, Any], slm_kwargs: dict[str, Any]
+) -> LLM2SLMProcessor:
+    from .processing_llm2slm import LLM2SLMProcessor
+
+    if llm is None or slm is None:
+        raise ValueError("Models in memory name no tokenizers: pass `processor=LLM2SLMProcessor(...)`.")
+    prefixed = {f"llm_{k}": v for k, v in llm_kwargs.items()} | {f"slm_{k}": v for k, v in slm_kwargs.items()}
+    return LLM2SLMProcessor.from_llm_slm_pretrained(llm, slm, fusion=fusion, **prefixed)
+
+
+def _choose_fusion(
+    fusion: str | None,
+    fields: Mapping[str, Any],
+    processor: LLM2SLMProcessor | None,
+    llm: str | None,
+    slm: str | None,
+    llm_kwargs: dict[str, Any],
+    slm_kwargs: dict[str, Any],
+) -> str:
+    """The fusion asked for, checked against the tokenizers, or the one they suggest."""
+    if fusion in ("replace", "llm-embed"):
+        return fusion
+    if fusion is None and fields.get("slm_encoder") == "skip":
+        return "replace"
+    if processor is not None:
+        tokenizers = (processor.llm_tokenizer, processor.tokenizer)
+    elif llm is not None and slm is not None:
+        tokenizers = (load_tokenizer(llm, llm_kwargs), load_tokenizer(slm, slm_kwargs))
+    elif fusion is None:
+        raise ValueError(
+            "Models in memory name no tokenizers to choose a fusion by: pass `fusion=` or `processor=LLM2SLMProcessor(...)`."
+        )
+    else:
+        return fusion
+    equal = tokenizers_equal(*tokenizers)
+    if fusion == "add" and not equal:
+        raise ValueError(different_tokenizers(*tokenizers))
+    return fusion or ("add" if equal else "align")
+
+
+def different_tokenizers(llm_tokenizer: Any, tokenizer: Any) -> str:
+    """Error text for `fusion="add"` with two tokenizers."""
+    return (
+        '`fusion="add"` adds the SLM\'s embedding of the same token, so LLM and SLM must share one tokenizer; expected '
+        f"equal ones, found {type(llm_tokenizer).__name__} with {len(llm_tokenizer)} tokens and "
+        f'{type(tokenizer).__name__} with {len(tokenizer)}. Use `fusion="align"` (aligned by characters), '
+        '`"replace"` or `"llm-embed"`.'
+    )
+
+
+# Loading -----------------------------------------------------------------------------------------------------------------
+def check_loaded(name_or_path: Any, info: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` if a checkpoint lacked weights: nothing is silently random."""
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(map(str, info["mismatched_keys"]))
+    if missing or mismatched:
+        parts = sorted({part for part in ("projector", "slm") for key in missing if f"{part}." in key})
+        shown = ", ".join((missing + mismatched)[:4])
+        raise ValueError(
+            f"The checkpoint {os.fspath(name_or_path)!r} lacks weights: expected all of projector and SLM, found "
+            f"{len(missing)} key(s) of {' and '.join(parts) or 'the model'} missing and {len(mismatched)} of another shape "
+            f"({shown}{' ...' if len(missing) + len(mismatched) > 4 else ''}). It is incomplete or belongs to another "
+            "configuration: save it again with `model.save_pretrained`, or compose a new model with "
+            "`from_llm_slm_pretrained`."
+        )
+
+
+def attach_pretrained_llm(
+    model: LLM2SLMForConditionalGeneration,
+    checkpoint: str | os.PathLike,
+    llm_model: PreTrainedModel | None,
+    llm_kwargs: dict[str, Any],
+    hub: dict[str, Any],
+) -> None:
+    """
+    Load the LLM that a checkpoint names (or holds), check that it is the one, and attach it.
+
+    Args:
+        model: A model that has just been loaded without its LLM.
+        checkpoint: Where it was loaded from.
+        llm_model: The LLM, if it is in memory already.
+        llm_kwargs: The caller's `llm_*` arguments, without the prefix.
+        hub: The caller's arguments for the checkpoint that concern the LLM too.
+    """
+    config = model.config
+    check = llm_kwargs.pop("check_fingerprint", True)
+    if llm_model is not None:
+        check_llm_config(config, llm_model.config, "the model in memory")
+        llm = adopt_llm(llm_model)
+        fingerprint = llm_fingerprint(llm, llm_model.name_or_path or None) if check else None
+        found = "the model in memory"
+    else:
+        arguments = {key: value for key, value in hub.items() if key in (*HUB_ARGUMENTS, "device_map")}
+        other = llm_kwargs.pop("name_or_path", None)
+        if other is None and config.llm_in_checkpoint:
+            name = os.fspath(checkpoint)
+            subfolder = "/".join(part for part in (hub.get("subfolder"), LLM_SUBFOLDER) if part)
+            arguments |= {"revision": hub.get("revision"), "subfolder": subfolder}
+        else:
+            name = other or config.llm_name_or_path
+            if name is None:
+                raise ValueError(
+                    "The checkpoint names no LLM: it was composed of a model in memory. Pass that model with "
+                    "`llm_model=`, a local copy with `llm_name_or_path=`, or go without it with `load_llm=False`."
+                )
+            if other is None or other == config.llm_name_or_path:
+                arguments["revision"] = config.llm_revision
+            arguments["subfolder"] = config.llm_subfolder
+        arguments |= {"dtype": config.llm_dtype or "auto"} | llm_kwargs
+        arguments = {key: value for key, value in arguments.items() if value not in (None, "")}
+        llm = _load_checked(config, name, arguments)
+        fingerprint = llm_fingerprint(llm, name, **arguments) if check else None
+        found = repr(name)
+    if check and config.llm_fingerprint is not None and fingerprint != config.llm_fingerprint:
+        raise ValueError(
+            f"The LLM is not the one this model was trained with: expected weights of {config.llm_name_or_path!r} with "
+            f"fingerprint {config.llm_fingerprint}, found {found} with {fingerprint or 'none that can be read'}. Pass the "
+            "right LLM with `llm_name_or_path=`, `llm_revision=` or `llm_model=`, or accept this one with "
+            "`llm_check_fingerprint=False`."
+        )
+    model.model.attach_llm(llm)
+
+
+def _load_checked(config: LLM2SLMConfig, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
+    where = {key: value for key, value in arguments.items() if key in (*HUB_ARGUMENTS, "revision", "subfolder")}
+    try:
+        llm_config = AutoConfig.from_pretrained(name, **where)
+    except (OSError, ValueError):
+        return load_llm(name, **arguments)  # says what is wrong, and what to do
+    check_llm_config(config, llm_config, repr(name))
+    return load_llm(name, config=llm_config, **arguments)
+
+
+def check_llm_config(config: LLM2SLMConfig, llm_config: PreTrainedConfig, found: str) -> None:
+    """Raise a `ValueError` if an LLM has not the architecture that the checkpoint was trained with."""
+    expected, given = encoder_text_config(config.llm_config), encoder_text_config(llm_config)
+    for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        if getattr(expected, name, None) != getattr(given, name, None):
+            raise ValueError(
+                f"The LLM is not the one this model was trained with: expected `{name}` "
+                f"{getattr(expected, name, None)!r} ({config.llm_name_or_path!r}), found {getattr(given, name, None)!r} "
+                f"({found}). Pass the right LLM with `llm_name_or_path=` or `llm_model=`."
+            )

@@ -1,0 +1,313 @@
+"""Loading the two models: the LLM without what it never runs, the SLM whole or cut from the LLM."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+)
+from transformers.utils.hub import resolve_revision
+
+from .configuration_llm2slm import decoder_text_config
+from .fingerprint import fingerprint_of_files, is_exact, weights_fingerprint
+from .structure import DroppedModule, drop_module, layer_list
+
+# Arguments of `from_pretrained` that say where files come from; they reach every loader unless given for one part.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
+
+
+def take_prefixed(kwargs: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Pop the arguments whose names start with `prefix`; return them without it."""
+    return {key[len(prefix) :]: kwargs.pop(key) for key in list(kwargs) if key.startswith(prefix)}
+
+
+def resolved_commit(name_or_path: str, revision: str | None, hub: Mapping[str, Any]) -> str | None:
+    """The commit that `revision` of a hub repository stands for; `None` for a local folder or if it is not known."""
+    if Path(name_or_path).exists():
+        return None
+    known = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if hub.get(key) is not None}
+    resolved = resolve_revision(name_or_path, revision, **known)
+    return getattr(resolved, "resolved", resolved)
+
+
+# The LLM -----------------------------------------------------------------------------------------------------------------
+@functools.cache
+def reading_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """
+    A subclass of `model_class` that has only what reading takes: no decoder behind an encoder, no pooler.
+
+    Its `from_pretrained` reads a whole checkpoint's files and never allocates what it leaves out. What a checkpoint has
+    beyond it (an LM head, say) is no concern; what is missing is, and `load_llm` checks that.
+    """
+
+    def __init__(self: PreTrainedModel, config: PreTrainedConfig, **kwargs: Any) -> None:
+        model_class.__init__(self, config, **kwargs)
+        if config.is_encoder_decoder:
+            drop_module(self, self.get_decoder(), "The LLM's decoder")
+        if isinstance(getattr(self, "pooler", None), nn.Module):
+            self.pooler = None
+
+    namespace = {"__init__": __init__, "__module__": model_class.__module__, "__doc__": model_class.__doc__}
+    return type(model_class.__name__, (model_class,), namespace | {"_keys_to_ignore_on_load_unexpected": [r".*"]})
+
+
+def llm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that reads with a model of this configuration. Raises a `ValueError` where none can."""
+    if type(config) not in MODEL_MAPPING:
+        raise ValueError(
+            f"A `{config.model_type}` model can't be the LLM: transformers has no `AutoModel` for "
+            f"{type(config).__name__}. Choose an LLM that `AutoModel` loads."
+        )
+    model_class = MODEL_MAPPING[type(config)]
+    model_class = model_class[0] if isinstance(model_class, (tuple, list)) else model_class
+    if (main_input := model_class.main_input_name) != "input_ids":
+        raise ValueError(
+            f"{model_class.__name__} can't be the LLM: it reads `{main_input}`, not text. Choose an LLM that reads "
+            "`input_ids`."
+        )
+    return reading_class(model_class)
+
+
+def load_llm(name_or_path: str, config: PreTrainedConfig | None = None, **kwargs: Any) -> PreTrainedModel:
+    """
+    Load the LLM's reading part from a hub repository or a local folder, frozen and in eval mode.
+
+    Args:
+        name_or_path (`str`): Hub id or local folder.
+        config (`PreTrainedConfig`, *optional*): Its configuration; loaded if not given.
+        kwargs: Arguments of `from_pretrained` (dtype, device_map, quantization_config, revision, token ...).
+
+    Raises:
+        OSError: if it can't be reached; the text says how to go on without it.
+        ValueError: if its checkpoint lacks weights.
+    """
+    config_kwargs = {key: value for key, value in kwargs.items() if key in (*HUB_ARGUMENTS, "revision", "subfolder")}
+    try:
+        if config is None:
+            remote = {k: v for k, v in kwargs.items() if k in ("trust_remote_code", "code_revision")}
+            config = AutoConfig.from_pretrained(name_or_path, **config_kwargs, **remote)
+        # A copy, as a model may change the config it is given, and another model's loading must not see it.
+        config = copy.deepcopy(config)
+        if kwargs.get("trust_remote_code") and type(config) not in MODEL_MAPPING:
+            llm, info = AutoModel.from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
+        else:
+            llm, info = llm_class(config).from_pretrained(
+                name_or_path, config=config, output_loading_info=True, **kwargs
+            )
+    except OSError as error:
+        revision = f" (revision {kwargs['revision']})" if kwargs.get("revision") else ""
+        raise OSError(
+            f"The frozen LLM {name_or_path!r}{revision} could not be loaded: {error}\nPass a local copy with "
+            "`llm_name_or_path=`, a model in memory with `llm_model=`, or go without it with `load_llm=False` (training "
+            "on cached states, or writing from prompts encoded elsewhere)."
+        ) from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise ValueError(
+            f"The checkpoint {name_or_path!r} does not hold the whole LLM {type(llm).__name__}: missing "
+            f"{_some(info['missing_keys'])}, of another shape {_some(info['mismatched_keys'])}. Check that "
+            "`llm_name_or_path` and its config belong together."
+        )
+    return freeze(llm)
+
+
+def adopt_llm(model: PreTrainedModel) -> PreTrainedModel:
+    """The reading part of an LLM that is already in memory, sharing its weights; `model` itself is left as it is."""
+    body = model.base_model
+    with torch.device("meta"):
+        llm = llm_class(model.config)(copy.deepcopy(model.config))
+    for store in ("_modules", "_parameters", "_buffers"):
+        for name, part in getattr(llm, store).items():
+            if part is not None and hasattr(body, name) and not isinstance(part, DroppedModule):
+                getattr(llm, store)[name] = getattr(body, name)
+    if any(parameter.is_meta for parameter in llm.parameters()):
+        raise ValueError(
+            f"A {type(model).__name__} can't be the LLM: it lacks parts of {type(llm).__name__}. Pass a model that "
+            "`AutoModel` loads."
+        )
+    return freeze(llm)
+
+
+def freeze(llm: PreTrainedModel) -> PreTrainedModel:
+    """Frozen, in eval mode."""
+    llm.requires_grad_(False)
+    return llm.eval()
+
+
+def llm_fingerprint(llm: PreTrainedModel, name_or_path: str | None = None, **kwargs: Any) -> str | None:
+    """
+    Fingerprint of the LLM's weights, see [`weights_fingerprint`]; `None` where it can't be taken.
+
+    Where the weights in memory are not exact (float16, quantised), it is taken from the files they were loaded from.
+    """
+    if is_exact(llm):
+        parameters = dict(llm.named_parameters())
+        return weights_fingerprint(parameters, parameters.__getitem__)
+    if name_or_path is None:
+        return None
+    with torch.device("meta"):
+        skeleton = llm_class(llm.config)(_without_quantization(llm.config))
+    return fingerprint_of_files([name for name, _ in skeleton.named_parameters()], _weight_files(name_or_path, kwargs))
+
+
+def _without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _weight_files(name_or_path: str, kwargs: Mapping[str, Any]) -> list[Path]:
+    """The safetensors files of a checkpoint that has just been loaded: on disk, or in the cache."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        config_file = try_to_load_from_cache(
+            name_or_path, "config.json", cache_dir=kwargs.get("cache_dir"), revision=kwargs.get("revision")
+        )
+        if not isinstance(config_file, str):
+            return []
+        folder = Path(config_file).parent
+    return sorted((folder / (kwargs.get("subfolder") or "")).glob("*.safetensors"))
+
+
+# The SLM -----------------------------------------------------------------------------------------------------------------
+def slm_auto_class(config: PreTrainedConfig) -> type:
+    """The Auto class that writes with a model of this configuration. Raises a `ValueError` where none can."""
+    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if type(config) not in mapping and not hasattr(config, "auto_map"):
+        raise ValueError(
+            f"A `{config.model_type}` model can't be the SLM: transformers has no `{auto_class.__name__}` for "
+            f"{type(config).__name__}, so it can't write. Choose an SLM that generates text."
+        )
+    return auto_class
+
+
+def load_slm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+    """Load the SLM with its LM head. Raises a `ValueError` if its checkpoint lacks weights."""
+    where = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "revision", "subfolder") if key in kwargs}
+    remote = {key: kwargs[key] for key in ("trust_remote_code", "code_revision") if key in kwargs}
+    config = AutoConfig.from_pretrained(name_or_path, **where, **remote)
+    slm, info = slm_auto_class(config).from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise ValueError(
+            f"The checkpoint {name_or_path!r} does not hold a whole SLM {type(slm).__name__}: missing "
+            f"{_some(info['missing_keys'])}, of another shape {_some(info['mismatched_keys'])}. An SLM must be a "
+            "pretrained model that writes, with its LM head."
+        )
+    return slm
+
+
+def cut_slm(llm: PreTrainedModel, layers: int | Sequence[int]) -> tuple[PreTrainedModel, list[int]]:
+    """
+    Cut an SLM from the LLM, as Distil-Whisper does: some of its decoder layers, with its embeddings and head.
+
+    Args:
+        llm (`PreTrainedModel`): The whole LLM, with its LM head.
+        layers (`int` or `Sequence[int]`): The decoder layers to keep. A number `k` stands for the top `k` layers of a
+            decoder-only LLM, and for `k` evenly spaced ones, first and last among them, of an encoder-decoder LLM.
+
+    Returns:
+        The SLM (its own copy of the weights), and the indices of the layers that it keeps.
+    """
+    seq2seq = llm.config.is_encoder_decoder
+    prefix, total = _decoder_layers(llm)
+    layers = _chosen_layers(layers, total, evenly=seq2seq)
+
+    config = copy.deepcopy(llm.config)
+    _keep_layers(config, total, layers)
+    pattern = re.compile(rf"^{re.escape(prefix)}\.(\d+)\.(.*)$")
+    source = llm.state_dict()
+    with torch.device("meta"):
+        expected = type(llm)(copy.deepcopy(config)).state_dict().keys()
+    state_dict = {}
+    for key in expected:
+        match = pattern.match(key)
+        if match is None:
+            state_dict[key] = source[key].clone()
+            continue
+        index, rest = int(match[1]), match[2]
+        # What only the first layer has (T5's relative attention bias) is taken from the LLM's first layer.
+        old = f"{prefix}.{layers[index]}.{rest}"
+        state_dict[key] = source[old if old in source else f"{prefix}.0.{rest}"].clone()
+    slm, info = type(llm).from_pretrained(
+        None, config=config, state_dict=state_dict, dtype=llm.dtype, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"A {type(llm).__name__} can't be cut: found no weights for {_some(info['missing_keys'])}.")
+    slm.generation_config = copy.deepcopy(llm.generation_config)
+    return slm, layers
+
+
+def _decoder_layers(llm: PreTrainedModel) -> tuple[str, int]:
+    """Name and length of the list of the LLM's decoder layers."""
+    decoder = llm.get_decoder()
+    text_config = decoder_text_config(llm.config)
+    counts = [getattr(text_config, name, None) for name in _LAYER_COUNTS]
+    decoder_name = next(name for name, module in llm.named_modules() if module is decoder)
+    for count in counts:
+        if isinstance(count, int):
+            try:
+                name = layer_list(decoder, count)
+            except ValueError:
+                continue
+            return f"{decoder_name}.{name}" if decoder_name else name, count
+    raise ValueError(f"A {type(llm).__name__} can't be cut: found no list of layers in its {type(decoder).__name__}.")
+
+
+# What configurations call the number of decoder layers, most specific first.
+_LAYER_COUNTS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "num_layers")
+
+
+def _chosen_layers(layers: int | Sequence[int], total: int, evenly: bool) -> list[int]:
+    if isinstance(layers, int):
+        if not 1 <= layers <= total:
+            raise ValueError(
+                f"`slm_layers` must lie in [1, {total}] for an LLM of {total} decoder layers, got {layers}."
+            )
+        if evenly:
+            return sorted({round(i * (total - 1) / max(layers - 1, 1)) for i in range(layers)})
+        return list(range(total - layers, total))
+    chosen = [layer + total if layer < 0 else layer for layer in layers]
+    if not chosen or any(not 0 <= layer < total for layer in chosen):
+        raise ValueError(
+            f"`slm_layers` must name layers in [0, {total - 1}] of the LLM's decoder, got {list(layers)}."
+        )
+    return chosen
+
+
+def _keep_layers(config: PreTrainedConfig, total: int, layers: list[int]) -> None:
+    """Make `config` that of a model with these decoder layers: their count, and whatever is listed layer by layer."""
+    text_config = decoder_text_config(config)
+    decoder_only = not config.is_encoder_decoder or text_config is not config
+    for key, value in list(vars(text_config).items()):
+        if isinstance(value, (list, tuple)) and len(value) == total:
+            setattr(text_config, key, [value[layer] for layer in layers])
+    names = _LAYER_COUNTS if decoder_only else _LAYER_COUNTS[:2]
+    for name in names:
+        if isinstance(getattr(text_config, name, None), int):
+            setattr(text_config, name, len(layers))
+
+
+def _some(keys: Sequence[Any] | set[Any]) -> str:
+    """A few of many keys, for an error text."""
+    keys = sorted(map(str, keys))
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "") if keys else "none"

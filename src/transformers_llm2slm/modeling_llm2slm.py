@@ -1,0 +1,618 @@
+"""The model: a frozen LLM reads the prompt once, a projector carries its states over, an SLM writes the answer."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput
+
+from .composition import attach_pretrained_llm, check_loaded, compose
+from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig, decoder_text_config
+from .loading import HUB_ARGUMENTS, freeze, slm_auto_class, take_prefixed
+from .projector import LLM2SLMProjector
+from .prompt import LLM2SLMPrompt, check_prompt_length, fuse, prompt_mask
+from .structure import accepts, drop_module, embed_tokens, move_padding, position_limit
+
+
+# Outputs -----------------------------------------------------------------------------------------------------------------
+@dataclass
+class LLM2SLMModelOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, response_length, hidden_size)`): The SLM's states at the
+            response's positions; position `t` is the one that predicts token `t`.
+        past_key_values (`Cache`, *optional*): The SLM's cache.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+@dataclass
+class LLM2SLMOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor` of shape `(1,)`, *optional*): The SLM's own language-model loss over the response.
+        logits (`torch.Tensor` of shape `(batch_size, response_length, vocab_size)`): `logits[:, t]` scores token `t` of
+            the response.
+        past_key_values (`Cache`, *optional*): The SLM's cache.
+        hidden_states, attentions (`tuple(torch.Tensor)`, *optional*): Those of the SLM's decoder, where asked for.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+# Models ------------------------------------------------------------------------------------------------------------------
+class LLM2SLMPreTrainedModel(PreTrainedModel):
+    """Base of the two model classes: configuration, initialisation, and what the SLM is asked for its owner."""
+
+    config: LLM2SLMConfig
+    config_class = LLM2SLMConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # The SLM initialises itself: it is a PreTrainedModel of its own.
+        if isinstance(module, LLM2SLMProjector):
+            module.reset_parameters(self.config.projector_init)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the SLM, whatever that of the LLM."""
+        return self.slm.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the SLM, whatever that of the LLM."""
+        return self.slm.device
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.slm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.slm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.slm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.slm.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the SLM's vocabulary; the LLM's is frozen like the rest of it."""
+        return self.slm.resize_token_embeddings(*args, **kwargs)
+
+
+def is_checkpoint_key(name: str) -> bool:
+    """Whether a checkpoint holds this key of [`LLM2SLMModel`]: projector and SLM are held, the LLM is named only."""
+    return not name.startswith("llm.")
+
+
+class LLM2SLMModel(LLM2SLMPreTrainedModel):
+    """
+    The three parts without a loss: `llm` (frozen), `projector` and `slm`.
+
+    Its state dict holds what is trained, projector and SLM; so does every checkpoint that is made of it. The LLM is
+    attached by `from_pretrained` and `from_llm_slm_pretrained`, or by [`~LLM2SLMModel.attach_llm`].
+    """
+
+    def __init__(self, config: LLM2SLMConfig, slm: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.projector = LLM2SLMProjector(config)
+        self.slm = slm_auto_class(config.slm_config).from_config(config.slm_config) if slm is None else slm
+        if config.slm_encoder == "skip":
+            drop_module(self.slm, self.slm.get_encoder(), "The SLM's encoder")
+        config.slm_config = self.slm.config
+        self.llm: PreTrainedModel | None = None
+        self.register_state_dict_post_hook(_keep_checkpoint_keys)
+        self.register_load_state_dict_post_hook(_expect_checkpoint_keys)
+        self.post_init()
+
+    def attach_llm(self, llm: PreTrainedModel | None) -> None:
+        """Take `llm` (what [`load_llm`] or [`adopt_llm`] returns) as the frozen LLM; `None` takes it away."""
+        self.llm = None if llm is None else freeze(llm)
+
+    def train(self, mode: bool = True) -> LLM2SLMModel:
+        """Training mode for projector and SLM; the LLM stays in eval mode."""
+        super().train(mode)
+        if self.llm is not None:
+            self.llm.eval()
+        return self
+
+    # Reading -------------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def llm_states(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """
+        Run the frozen LLM over a batch that is padded on the right.
+
+        Args:
+            input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`).
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, prompt_length, num_llm_states, llm_hidden_size)`: the layers of
+            `config.llm_layer` and, for `fusion="llm-embed"`, the tokens' embeddings.
+        """
+        llm = self.llm
+        if llm is None:
+            raise ValueError(
+                "This model was loaded without its LLM (`load_llm=False`), so it can't read a prompt. Pass "
+                "`llm_hidden_states=` (cached LLM states) or `prompt=` (from `encode_prompt` of a model that has it), or "
+                "load the model without `load_llm=False`."
+            )
+        check_prompt_length(input_ids, llm, "LLM")
+        body = llm.get_encoder() if llm.config.is_encoder_decoder else llm
+        layers = self.config.llm_layer if isinstance(self.config.llm_layer, list) else [self.config.llm_layer]
+        last_only = layers in ([-1], [self.config.num_llm_layers])
+        kwargs = {"use_cache": False} if accepts(body.forward, "use_cache") else {}
+        device = body.get_input_embeddings().weight.device
+        outputs = body(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            output_hidden_states=not last_only,
+            return_dict=True,
+            **kwargs,
+        )
+        states = [outputs.last_hidden_state] if last_only else [outputs.hidden_states[layer] for layer in layers]
+        if self.config.fusion == "llm-embed":
+            states.append(embed_tokens(llm, input_ids).to(states[0].device))
+        return torch.stack(states, dim=2)
+
+    def encode_prompt(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        slm_input_ids: torch.LongTensor | None = None,
+        slm_attention_mask: torch.Tensor | None = None,
+        alignment: torch.LongTensor | None = None,
+        llm_hidden_states: torch.Tensor | None = None,
+    ) -> LLM2SLMPrompt:
+        """
+        Read a batch of prompts: LLM, projector, fusion. Padding may be on either side.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): The prompt in the LLM's tokens.
+            attention_mask (`torch.Tensor` of shape `(batch_size, prompt_length)`, *optional*): 1 for real tokens.
+            slm_input_ids (`torch.LongTensor` of shape `(batch_size, slm_prompt_length)`): The prompt in the SLM's tokens
+                (`fusion="align"`).
+            slm_attention_mask (`torch.Tensor` of shape `(batch_size, slm_prompt_length)`, *optional*).
+            alignment (`torch.LongTensor` of shape `(batch_size, slm_prompt_length)`): For each SLM token, which of the
+                row's LLM tokens (padding not counted) covers the same characters (`fusion="align"`).
+            llm_hidden_states (`torch.Tensor` of shape `(batch_size, prompt_length, llm_hidden_size)` or
+                `(batch_size, prompt_length, num_llm_states, llm_hidden_size)`, *optional*): What the LLM made of the
+                prompt, from [`~LLM2SLMModel.llm_states`]; the LLM is then not run.
+
+        Raises:
+            ValueError: for an empty prompt, one too long for the LLM, or a batch that lacks what the fusion needs.
+        """
+        attention_mask = prompt_mask(self.config, self.llm, input_ids, attention_mask, llm_hidden_states)
+        if input_ids is not None:
+            input_ids = move_padding(input_ids.to(attention_mask.device), attention_mask, "right")
+        mask = move_padding(attention_mask, attention_mask, "right")
+        if llm_hidden_states is None:
+            states = self.llm_states(input_ids, mask)
+        else:
+            states = llm_hidden_states if llm_hidden_states.dim() == 4 else llm_hidden_states.unsqueeze(2)
+            states = move_padding(states, attention_mask.to(states.device), "right")
+        expected = (self.config.num_llm_states, self.config.llm_hidden_size)
+        if tuple(states.shape[2:]) != expected:
+            raise ValueError(
+                f"This projector takes {expected[0]} LLM state(s) of width {expected[1]} for each token, got "
+                f"{states.shape[2]} of width {states.shape[3]}. Use the LLM (and the `llm_layer`) it was made for."
+            )
+        projected = self.projector(states.to(self.device))
+        return fuse(
+            self.config.fusion, self.slm, projected, mask, input_ids, slm_input_ids, slm_attention_mask, alignment
+        )
+
+    # Writing -------------------------------------------------------------------------------------------------------------
+    def slm_prompt(self, prompt: LLM2SLMPrompt) -> dict[str, Any]:
+        """The arguments by which the SLM's own `forward` or `generate` takes a fused prompt."""
+        states, mask = prompt.prompt_states, prompt.attention_mask
+        states, mask = states.to(self.device, self.dtype), mask.to(self.device)
+        if self.config.slm_encoder == "skip":
+            return {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
+        if not self.slm.config.is_encoder_decoder:
+            # The response follows at once, so the padding goes before the prompt.
+            states, mask = (move_padding(t, mask, "left") for t in (states, mask))
+        return {"inputs_embeds": states, "attention_mask": mask}
+
+    def slm_inputs(self, prompt: LLM2SLMPrompt, decoder_input_ids: torch.LongTensor | None) -> dict[str, Any]:
+        """The arguments of one forward pass of the SLM over prompt and (shifted) response."""
+        kwargs = self.slm_prompt(prompt)
+        if self.slm.config.is_encoder_decoder:
+            if decoder_input_ids is None:
+                start = torch.full((len(prompt.attention_mask), 1), self.decoder_start_token_id())
+                decoder_input_ids = start.to(self.device)
+            return kwargs | {"decoder_input_ids": decoder_input_ids}
+        embeds, mask = kwargs["inputs_embeds"], kwargs["attention_mask"]
+        if decoder_input_ids is not None and decoder_input_ids.shape[1] > 0:
+            response = embed_tokens(self.slm, decoder_input_ids).to(embeds.dtype)
+            embeds = torch.cat([embeds, response], dim=1)
+            mask = torch.cat([mask, torch.ones_like(decoder_input_ids, dtype=mask.dtype)], dim=1)
+            limit = position_limit(decoder_text_config(self.slm.config), self.slm)
+            if limit is not None and mask.shape[1] > limit:
+                raise ValueError(
+                    f"Prompt and response together are {mask.shape[1]} tokens long (with padding), but the SLM "
+                    f"({type(self.slm).__name__}) takes at most {limit}. Truncate them in the collator or the processor."
+                )
+        kwargs = {"inputs_embeds": embeds, "attention_mask": mask}
+        if accepts(self.slm.forward, "position_ids"):
+            kwargs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        return kwargs
+
+    def decoder_start_token_id(self) -> int:
+        """The token that an encoder-decoder SLM starts from."""
+        config = self.slm.generation_config
+        for value in (config.decoder_start_token_id, self.config.decoder_start_token_id, config.bos_token_id):
+            if value is not None:
+                return value[0] if isinstance(value, list) else value
+        raise ValueError(
+            f"The SLM ({type(self.slm).__name__}) names no token to start from. Set "
+            "`model.generation_config.decoder_start_token_id`."
+        )
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        slm_input_ids: torch.LongTensor | None = None,
+        slm_attention_mask: torch.Tensor | None = None,
+        alignment: torch.LongTensor | None = None,
+        llm_hidden_states: torch.Tensor | None = None,
+        prompt: LLM2SLMPrompt | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> LLM2SLMModelOutput:
+        """
+        The SLM's states at the response's positions. Arguments as for [`LLM2SLMForConditionalGeneration`].
+        """
+        if prompt is None:
+            prompt = self.encode_prompt(
+                input_ids, attention_mask, slm_input_ids, slm_attention_mask, alignment, llm_hidden_states
+            )
+        inputs = self.slm_inputs(prompt, decoder_input_ids)
+        head_inputs: list[torch.Tensor] = []
+        # What the LM head is given is the SLM's last state, with whatever scaling the SLM puts before its head.
+        hook = self.slm.get_output_embeddings().register_forward_pre_hook(lambda _, args: head_inputs.append(args[0]))
+        try:
+            outputs = self.slm(**inputs, use_cache=use_cache, return_dict=True, **kwargs)
+        finally:
+            hook.remove()
+        length = 1 if decoder_input_ids is None else decoder_input_ids.shape[1]
+        if not self.slm.config.is_encoder_decoder and decoder_input_ids is not None:
+            length += 1
+        return LLM2SLMModelOutput(
+            last_hidden_state=head_inputs[0][:, -length:], past_key_values=outputs.get("past_key_values")
+        )
+
+
+def _keep_checkpoint_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    for key in [key for key in state_dict if key.startswith(prefix) and not is_checkpoint_key(key[len(prefix) :])]:
+        del state_dict[key]
+
+
+def _expect_checkpoint_keys(module: nn.Module, incompatible_keys: Any) -> None:
+    # Keys come with the prefix that the module has in the model that is loaded.
+    llm = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+    llm = {name for name in llm if not is_checkpoint_key(name)}
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if key not in llm and key.removeprefix("model.") not in llm]
+
+
+class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
+    """
+    LLM-to-SLM: text in, text out. Compose it with [`~LLM2SLMForConditionalGeneration.from_llm_slm_pretrained`], train it
+    with the standard `Trainer`, load it with `AutoModel.from_pretrained`.
+    """
+
+    def __init__(self, config: LLM2SLMConfig, slm: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.model = LLM2SLMModel(config, slm=slm)
+        self.post_init()
+
+    @property
+    def llm(self) -> PreTrainedModel | None:
+        """The frozen LLM, `None` if the model was loaded without it."""
+        return self.model.llm
+
+    @property
+    def projector(self) -> LLM2SLMProjector:
+        return self.model.projector
+
+    @property
+    def slm(self) -> PreTrainedModel:
+        return self.model.slm
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The SLM's generation config: it is the SLM that generates."""
+        return self.model.slm.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        if "model" in self._modules:  # PreTrainedModel sets one before there is an SLM, which brings its own
+            self.model.slm.generation_config = value
+
+    # Composing, loading, saving --------------------------------------------------------------------------------------
+    @classmethod
+    def from_llm_slm_pretrained(
+        cls,
+        llm: str | os.PathLike | PreTrainedModel,
+        slm: str | os.PathLike | PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> LLM2SLMForConditionalGeneration:
+        r"""
+        Compose a model of a frozen LLM and an SLM. The projector is new and wants training.
+
+        Args:
+            llm (`str`, `os.PathLike` or `PreTrainedModel`): Hub id or local folder of the LLM, or the model itself.
+            slm (`str`, `os.PathLike` or `PreTrainedModel`, *optional*): The same for the SLM; or `None` with `slm_layers`.
+            slm_layers (`int` or `list[int]`, *optional*): Cut the SLM from the LLM instead: these decoder layers, its
+                embeddings and head. For a decoder-only LLM of L layers, the number k stands for the top k layers and
+                sets `llm_layer=L-k`, `fusion="replace"` and `projector_init="identity"`, unless given.
+            fusion (`str`, *optional*): `"add"`, `"replace"`, `"llm-embed"` or `"align"`, see [`LLM2SLMConfig`]. By
+                default `"add"` where the tokenizers are equal and `"align"` where not.
+            llm_layer, slm_encoder, projector_hidden_size, projector_num_layers, projector_activation, projector_norm
+                (*optional*): See [`LLM2SLMConfig`].
+            projector_init (`str`, defaults to `"random"`): `"random"` (the paper); `"zero"` (with `"add"` and
+                `"align"`: the model starts as the SLM alone); `"identity"` (equal widths: states pass unchanged);
+                `"fit"` (ridge regression on `fit_prompts`, see [`fit_projector`]).
+            fit_prompts (`Sequence[str]`, *optional*): A few hundred prompts for `projector_init="fit"`.
+            fit_target (`str` or `int`, defaults to `"embeddings"`): What the fused prompt is fitted to: the SLM's own
+                `"embeddings"`, or its own states at a layer.
+            processor ([`LLM2SLMProcessor`], *optional*): Of the same two models; for models in memory, that have no name
+                to load tokenizers from.
+            llm_*, slm_* (*optional*): Arguments of `from_pretrained` for one of the two, e.g. `llm_dtype`,
+                `llm_device_map`, `llm_quantization_config`, `llm_revision`, `slm_dtype`, `slm_token`.
+            kwargs (*optional*): `dtype`, `token`, `cache_dir`, `local_files_only`, `force_download` for both.
+
+        Returns:
+            [`LLM2SLMForConditionalGeneration`] in eval mode.
+
+        Raises:
+            ValueError: where the two can't be joined as asked; the text says why and what to do.
+            OSError: where a checkpoint can't be reached.
+
+        Example:
+
+        ```python
+        >>> model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained("google/flan-t5-large", "google-t5/t5-small")
+        ```
+        """
+        return compose(cls, llm, slm, **kwargs)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        load_llm: bool = True,
+        llm_model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> LLM2SLMForConditionalGeneration:
+        r"""
+        Load projector and SLM from a checkpoint, and the frozen LLM that it names from its own repository.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id or local folder of the checkpoint.
+            load_llm (`bool`, defaults to `True`): `False` gives a model without the LLM, for training on cached states
+                and for machines that only write.
+            llm_model (`PreTrainedModel`, *optional*): The LLM, already in memory.
+            llm_name_or_path (`str`, *optional*): Another place to load the same LLM from, a local copy for instance.
+            llm_check_fingerprint (`bool`, defaults to `True`): `False` accepts an LLM with other weights than those that
+                the model was trained with.
+            llm_* (*optional*): `llm_dtype`, `llm_device_map`, `llm_quantization_config`, `llm_token` ... for the LLM.
+            kwargs (*optional*): As for any `from_pretrained`. `revision` is the checkpoint's; `token`, `cache_dir`,
+                `local_files_only` and `force_download` reach the LLM's loader too.
+
+        Raises:
+            ValueError: for a checkpoint that lacks weights, or an LLM that is not the one it was trained with.
+            OSError: if the checkpoint or its LLM can't be reached.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        llm_kwargs = take_prefixed(kwargs, "llm_")
+        hub = {key: kwargs[key] for key in ("revision", "subfolder", "device_map") if kwargs.get(key) is not None}
+        hub |= {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        check_loaded(pretrained_model_name_or_path, info)
+        if load_llm:
+            attach_pretrained_llm(model, pretrained_model_name_or_path, llm_model, llm_kwargs, hub)
+        return (model, info) if wants_info else model
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, save_llm: bool = False, **kwargs: Any
+    ) -> None:
+        """
+        Save projector and SLM; the LLM is named in the config, by repository, commit and fingerprint.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Where to.
+            save_llm (`bool`, defaults to `False`): Save the LLM too, in the subfolder `llm/`, for a checkpoint that
+                needs nothing else.
+            args, kwargs: As for any `save_pretrained` (`push_to_hub`, `max_shard_size`, `state_dict` ...).
+        """
+        if save_llm and self.llm is None:
+            raise ValueError("`save_llm=True` needs the LLM, but this model was loaded with `load_llm=False`.")
+        self.config.llm_in_checkpoint = save_llm
+        if save_llm:
+            self.llm.save_pretrained(os.path.join(save_directory, LLM_SUBFOLDER))
+        if (state_dict := kwargs.get("state_dict")) is not None:
+            prefix = f"{self.base_model_prefix}."
+            kwargs["state_dict"] = {k: v for k, v in state_dict.items() if is_checkpoint_key(k.removeprefix(prefix))}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    # Reading and writing ---------------------------------------------------------------------------------------------
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> LLM2SLMPrompt:
+        """See [`LLM2SLMModel.encode_prompt`]."""
+        return self.model.encode_prompt(*args, **kwargs)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
+        """
+        The response's tokens as the SLM gets them while it is scored on `labels`.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, response_length)`): SLM tokens, padded with -100.
+
+        Returns:
+            For an encoder-decoder SLM, `labels` shifted right behind its start token; for a decoder-only SLM, `labels`
+            without the last column, as the prompt's last state predicts the first token.
+        """
+        pad = self.config.pad_token_id
+        tokens = labels.masked_fill(labels == -100, 0 if pad is None else pad)
+        if not self.slm.config.is_encoder_decoder:
+            return tokens[:, :-1]
+        if hasattr(self.slm, "prepare_decoder_input_ids_from_labels"):
+            return self.slm.prepare_decoder_input_ids_from_labels(labels)
+        start = torch.full_like(tokens[:, :1], self.model.decoder_start_token_id())
+        return torch.cat([start, tokens[:, :-1]], dim=1)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        slm_input_ids: torch.LongTensor | None = None,
+        slm_attention_mask: torch.Tensor | None = None,
+        alignment: torch.LongTensor | None = None,
+        llm_hidden_states: torch.Tensor | None = None,
+        prompt: LLM2SLMPrompt | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> LLM2SLMOutput | tuple:
+        r"""
+        Score a response.
+
+        Args:
+            input_ids, attention_mask, slm_input_ids, slm_attention_mask, alignment, llm_hidden_states: The prompt, see
+                [`LLM2SLMModel.encode_prompt`].
+            prompt ([`LLM2SLMPrompt`], *optional*): The prompt, already encoded; the LLM is not run.
+            decoder_input_ids (`torch.LongTensor` of shape `(batch_size, response_length)`, *optional*): The response in
+                SLM tokens, shifted as [`~LLM2SLMForConditionalGeneration.prepare_decoder_input_ids_from_labels`] does.
+            labels (`torch.LongTensor` of shape `(batch_size, response_length)`, *optional*): The response in SLM tokens,
+                -100 where not scored.
+            num_items_in_batch (`int`, *optional*): Number of tokens that the loss is averaged over (gradient
+                accumulation).
+
+        Returns:
+            [`LLM2SLMOutput`], or a tuple with `return_dict=False`.
+        """
+        if labels is not None:
+            self._check_labels(labels)
+            if decoder_input_ids is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if prompt is None:
+            prompt = self.encode_prompt(
+                input_ids, attention_mask, slm_input_ids, slm_attention_mask, alignment, llm_hidden_states
+            )
+        inputs = self.model.slm_inputs(prompt, decoder_input_ids)
+        length = 1 if decoder_input_ids is None else decoder_input_ids.shape[1]
+        if not self.slm.config.is_encoder_decoder:
+            length += decoder_input_ids is not None
+            if accepts(self.slm.forward, "logits_to_keep"):
+                inputs["logits_to_keep"] = length
+        outputs = self.slm(**inputs, use_cache=bool(use_cache), return_dict=True, **kwargs)
+        logits = outputs.logits[:, -length:]
+        loss = None
+        if labels is not None:
+            # The SLM's own loss function. Our labels stand where they are scored, so they are not shifted again.
+            loss = self.slm.loss_function(
+                logits=logits,
+                labels=labels,
+                shift_labels=labels,
+                vocab_size=logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+            )
+        output = LLM2SLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.get("past_key_values") if use_cache else None,
+            hidden_states=outputs.get("decoder_hidden_states") or outputs.get("hidden_states"),
+            attentions=outputs.get("decoder_attentions") or outputs.get("attentions"),
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _check_labels(self, labels: torch.LongTensor) -> None:
+        if torch.compiler.is_compiling() or labels.numel() == 0:
+            return
+        size = self.get_output_embeddings().weight.shape[0]
+        low, high = (int(bound) for bound in labels.aminmax())
+        if high >= size or (low < 0 and bool(((labels < 0) & (labels != -100)).any())):
+            raise ValueError(
+                f"`labels` holds token {high if high >= size else low}, but the SLM's vocabulary has {size} tokens. "
+                "`labels` are the response in the SLM's tokens, padded with -100: make them with "
+                "`LLM2SLMProcessor(..., text_target=...)` or the SLM's tokenizer."
+            )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        prompt: LLM2SLMPrompt | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        r"""
+        Read the prompt once and let the SLM write: this is the SLM's own `generate`, fed with the fused prompt.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*): `input_ids` by another name.
+            generation_config (`GenerationConfig`, *optional*): Defaults to the SLM's, `model.generation_config`.
+            prompt ([`LLM2SLMPrompt`], *optional*): The prompt, already encoded; the LLM is not run.
+            kwargs: The prompt (see [`LLM2SLMModel.encode_prompt`]), and whatever the SLM's `generate` takes: `num_beams`,
+                `do_sample`, `max_new_tokens`, `streamer`, `stop_strings`, `cache_implementation` ... Lengths count the
+                response, for both kinds of SLM.
+
+        Returns:
+            What the SLM's `generate` returns; the sequences hold the response only.
+        """
+        fields = inspect.signature(self.model.encode_prompt).parameters
+        prompt_kwargs = {name: kwargs.pop(name) for name in fields if name in kwargs}
+        for name in ("labels", "shift_labels"):  # Seq2SeqTrainer passes the whole batch
+            kwargs.pop(name, None)
+        if inputs is not None:
+            prompt_kwargs["input_ids"] = inputs
+        if prompt is None:
+            prompt = self.encode_prompt(**prompt_kwargs)
+        kwargs |= self.model.slm_prompt(prompt)
+        if not self.slm.config.is_encoder_decoder:
+            # To a decoder-only model these lengths would include the prompt, which the user of this model doesn't write.
+            for name in ("max", "min"):
+                if (length := kwargs.pop(f"{name}_length", None)) is not None:
+                    kwargs.setdefault(f"{name}_new_tokens", length)
+        return self.slm.generate(None, generation_config, *args, **kwargs)
+
+
+__all__ = [
+    "LLM2SLMForConditionalGeneration",
+    "LLM2SLMModel",
+    "LLM2SLMModelOutput",
+    "LLM2SLMOutput",
+    "LLM2SLMPreTrainedModel",
+    "LLM2SLMProjector",
+    "LLM2SLMPrompt",
+]

@@ -1,0 +1,123 @@
+"""The pipeline task `text2text-generation`, with the interface that it had in transformers 4."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoProcessor, GenerationConfig
+from transformers.pipelines.base import GenericTensor, Pipeline
+
+from .modeling_llm2slm import LLM2SLMForConditionalGeneration
+from .processing_llm2slm import LLM2SLMProcessor
+
+
+class Text2TextGenerationPipeline(Pipeline):
+    """
+    Text to text with a model that `AutoModelForSeq2SeqLM` loads: LLM-to-SLM models, and any other.
+
+    Takes a string, a list, a generator or a dataset of strings, and the arguments of `generate`.
+
+    ```python
+    >>> pipe = pipeline("text2text-generation", model="org/llm2slm-t5")
+    >>> pipe("translate English to German: Hello")
+    [{'generated_text': 'Hallo'}]
+    ```
+    """
+
+    _load_processor = None
+    _load_tokenizer = None
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _pipeline_calls_generate = True
+    _default_generation_config = GenerationConfig(max_new_tokens=256)
+
+    def __init__(self, model: Any, *args: Any, tokenizer: Any = None, processor: Any = None, **kwargs: Any):
+        ours = isinstance(model, LLM2SLMForConditionalGeneration)
+        if ours and processor is None and tokenizer is None:
+            if not model.name_or_path:
+                raise ValueError(
+                    "This model was composed in memory and names no processor. Pass it: "
+                    '`pipeline("text2text-generation", model=model, processor=processor)`.'
+                )
+            processor = AutoProcessor.from_pretrained(model.name_or_path)
+        if isinstance(processor, LLM2SLMProcessor):
+            tokenizer = processor.tokenizer
+        if tokenizer is None:
+            raise ValueError('The task "text2text-generation" needs a tokenizer or a processor: pass `tokenizer=`.')
+        super().__init__(model, *args, tokenizer=tokenizer, processor=processor, **kwargs)
+
+    def _sanitize_parameters(  # type: ignore[override]
+        self,
+        return_tensors: bool | None = None,
+        return_text: bool | None = None,
+        clean_up_tokenization_spaces: bool | None = None,
+        truncation: bool | None = None,
+        stop_sequence: str | None = None,
+        **generate_kwargs: Any,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        forward_params: dict[str, Any] = dict(generate_kwargs)
+        if truncation is not None:
+            forward_params["truncation"] = truncation
+        if stop_sequence is not None:
+            forward_params["stop_strings"] = stop_sequence
+        postprocess_params: dict[str, Any] = {}
+        if return_tensors is not None or return_text is not None:
+            postprocess_params["return_tensors"] = bool(return_tensors) and not return_text
+        if clean_up_tokenization_spaces is not None:
+            postprocess_params["clean_up_tokenization_spaces"] = clean_up_tokenization_spaces
+        return {}, forward_params, postprocess_params
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Args:
+            args (`str`, `list[str]`, generator or dataset of `str`): The prompts.
+            return_tensors (`bool`, defaults to `False`): Give `generated_token_ids` in place of `generated_text`.
+            clean_up_tokenization_spaces (`bool`, *optional*), truncation (`bool`, defaults to `False`), batch_size
+                (`int`, defaults to 1), and whatever `generate` takes.
+
+        Returns:
+            `list[dict]`: for one string, a dict for each returned sequence; for a list of strings, a dict for each, or a
+            list of dicts with `num_return_sequences` above 1.
+        """
+        result = super().__call__(*args, **kwargs)
+        if isinstance(args[0], list) and all(isinstance(text, str) for text in args[0]):
+            if all(len(sequences) == 1 for sequences in result):
+                return [sequences[0] for sequences in result]
+        return result
+
+    def preprocess(self, inputs: Any, **preprocess_params: Any) -> dict[str, GenericTensor]:  # type: ignore[override]
+        if not isinstance(inputs, str):
+            raise ValueError(f"The task takes strings, got {type(inputs).__name__}: {inputs!r:.80}.")
+        return {"text": (self.prefix or "") + inputs}  # type: ignore[dict-item]
+
+    def _forward(self, input_tensors: Mapping[str, Any], truncation: bool = False, **kwargs: Any) -> dict[str, Any]:
+        text = input_tensors["text"]
+        texts = [text] if isinstance(text, str) else list(text)
+        if isinstance(self.processor, LLM2SLMProcessor):
+            inputs = self.processor(text=texts, padding=True, truncation=truncation, return_tensors="pt")
+        else:
+            inputs = self.tokenizer(texts, padding=True, truncation=truncation, return_tensors="pt")
+            inputs.pop("token_type_ids", None)
+        if "stop_strings" in kwargs:
+            kwargs["tokenizer"] = self.tokenizer
+        generate_kwargs = self._prepare_generate_kwargs(kwargs)
+        output_ids = self.model.generate(**self.ensure_tensor_on_device(**inputs), **generate_kwargs)
+        output_ids = output_ids if isinstance(output_ids, torch.Tensor) else output_ids.sequences
+        return {"output_ids": output_ids.reshape(len(texts), -1, output_ids.shape[-1])}
+
+    def postprocess(  # type: ignore[override]
+        self,
+        model_outputs: Mapping[str, Any],
+        return_tensors: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> list[dict[str, Any]]:
+        sequences = model_outputs["output_ids"][0]
+        if return_tensors:
+            return [{"generated_token_ids": sequence} for sequence in sequences]
+        texts = self.tokenizer.batch_decode(
+            sequences, skip_special_tokens=True, clean_up_tokenization_spaces=clean_up_tokenization_spaces
+        )
+        return [{"generated_text": text} for text in texts]

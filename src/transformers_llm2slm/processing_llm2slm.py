@@ -1,0 +1,326 @@
+"""Processor: text to what the model takes, with one tokenizer or two."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, BatchEncoding, PreTrainedTokenizerBase, ProcessorMixin
+
+from .alignment import align_tokens
+from .composition import different_tokenizers, load_tokenizer, tokenizers_equal
+from .configuration_llm2slm import (
+    FUSIONS,
+    check_choice,
+    decoder_text_config,
+    encoder_text_config,
+    special_token_id,
+)
+from .loading import HUB_ARGUMENTS, take_prefixed
+from .structure import position_limit
+
+# Subfolders of the tokenizers where there are two. Where there is one, it lies at the root, as in any other repository.
+SLM_TOKENIZER_SUBFOLDER = "slm_tokenizer"
+LLM_TOKENIZER_SUBFOLDER = "llm_tokenizer"
+
+
+class LLM2SLMProcessor(ProcessorMixin):
+    r"""
+    Turns prompts into the LLM's tokens (and the SLM's, for `fusion="align"`) and responses into the SLM's.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The SLM's tokenizer: labels, decoding, eos, pad.
+        llm_tokenizer (`PreTrainedTokenizerBase`, *optional*): The LLM's tokenizer; `None` if it is the same.
+        fusion (`str`, defaults to `"add"`): The model's fusion, which decides the token views of a prompt.
+        slm_is_encoder_decoder (`bool`, defaults to `True`): The kind of the SLM, which decides the special tokens of a
+            response.
+        decoder_start_token_id (`int`, *optional*): The token that an encoder-decoder SLM starts from; a response that
+            its tokenizer begins with the same token is left without it.
+        max_prompt_length (`int`, *optional*): Tokens that the LLM takes; what `truncation=True` cuts to.
+        slm_max_prompt_length (`int`, *optional*): Tokens that the SLM takes.
+        chat_template (`str`, *optional*): Template for `apply_chat_template`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        llm_tokenizer: PreTrainedTokenizerBase | None = None,
+        fusion: str = "add",
+        slm_is_encoder_decoder: bool = True,
+        decoder_start_token_id: int | None = None,
+        max_prompt_length: int | None = None,
+        slm_max_prompt_length: int | None = None,
+        chat_template: str | None = None,
+    ):
+        check_choice("fusion", fusion, FUSIONS)
+        llm_tokenizer = tokenizer if llm_tokenizer is None else llm_tokenizer
+        self.shared_tokenizer = tokenizers_equal(llm_tokenizer, tokenizer)
+        if fusion == "add" and not self.shared_tokenizer:
+            raise ValueError(different_tokenizers(llm_tokenizer, tokenizer))
+        if fusion == "align":
+            for name, part in (("LLM", llm_tokenizer), ("SLM", tokenizer)):
+                if not part.is_fast:
+                    raise ValueError(
+                        f'`fusion="align"` needs tokenizers that give character offsets; the {name}\'s, '
+                        f'{type(part).__name__}, does not. Use a fast tokenizer, or `fusion="replace"` or `"llm-embed"`.'
+                    )
+        for part in (tokenizer, llm_tokenizer):
+            if part.pad_token is None:  # padding is masked, so any token of the vocabulary will do
+                part.pad_token = part.eos_token or part.unk_token
+        self.fusion = fusion
+        self.slm_is_encoder_decoder = slm_is_encoder_decoder
+        self.decoder_start_token_id = decoder_start_token_id
+        self.max_prompt_length = max_prompt_length
+        self.slm_max_prompt_length = slm_max_prompt_length
+        super().__init__(tokenizer, llm_tokenizer, chat_template=chat_template or llm_tokenizer.chat_template)
+
+    # Loading and saving ----------------------------------------------------------------------------------------------
+    @classmethod
+    def from_llm_slm_pretrained(
+        cls, llm: str | os.PathLike, slm: str | os.PathLike | None = None, fusion: str | None = None, **kwargs: Any
+    ) -> LLM2SLMProcessor:
+        """
+        The processor for a model of this LLM and this SLM.
+
+        Args:
+            llm, slm (`str` or `os.PathLike`): Hub ids or local folders; `slm=None` if the SLM is cut from the LLM.
+            fusion (`str`, *optional*): The model's fusion; by default `"add"` where the tokenizers are equal and
+                `"align"` where not, as for the model.
+            kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, `trust_remote_code`, and the same and
+                `revision`, `subfolder` with the prefix `llm_` or `slm_` for one of the two.
+
+        Raises:
+            ValueError: for `fusion="add"` with two different tokenizers.
+        """
+        llm, slm = os.fspath(llm), os.fspath(llm if slm is None else slm)
+        shared = {key: kwargs.pop(key) for key in (*HUB_ARGUMENTS, "trust_remote_code") if key in kwargs}
+        llm_kwargs, slm_kwargs = shared | take_prefixed(kwargs, "llm_"), shared | take_prefixed(kwargs, "slm_")
+        if kwargs:
+            raise TypeError(f"`from_llm_slm_pretrained` got unknown argument(s) {', '.join(sorted(kwargs))}.")
+        names = (*HUB_ARGUMENTS, "revision", "subfolder", "trust_remote_code")
+        llm_config, slm_config = (
+            AutoConfig.from_pretrained(source, **{key: value for key, value in part.items() if key in names})
+            for source, part in ((llm, llm_kwargs), (slm, slm_kwargs))
+        )
+        llm_tokenizer = load_tokenizer(llm, llm_kwargs)
+        tokenizer = llm_tokenizer if llm == slm else load_tokenizer(slm, slm_kwargs)
+        if tokenizers_equal(llm_tokenizer, tokenizer):
+            llm_tokenizer, fusion = tokenizer, fusion or "add"
+        limits = [position_limit(encoder_text_config(llm_config)), llm_tokenizer.model_max_length]
+        slm_limit = position_limit(encoder_text_config(slm_config))
+        if fusion not in (None, "align"):  # the SLM's prompt is then as long as the LLM's
+            limits.append(slm_limit)
+        limits = [limit for limit in limits if limit is not None and limit < 1_000_000]
+        return cls(
+            tokenizer,
+            llm_tokenizer,
+            fusion=fusion or "align",
+            slm_is_encoder_decoder=slm_config.is_encoder_decoder,
+            decoder_start_token_id=special_token_id(slm_config, "decoder_start_token_id")
+            or special_token_id(decoder_text_config(slm_config), "bos_token_id"),
+            max_prompt_length=min(limits, default=None),
+            slm_max_prompt_length=slm_limit,
+        )
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """
+        Save settings and tokenizers. One tokenizer lies at the root, where `AutoTokenizer` finds it; two lie in
+        `slm_tokenizer/` and `llm_tokenizer/`, so that neither is taken for the only one.
+        """
+        os.makedirs(save_directory, exist_ok=True)
+        if push_to_hub:
+            return super().push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
+        if self.shared_tokenizer:
+            self.tokenizer.save_pretrained(save_directory)
+        else:
+            self.tokenizer.save_pretrained(os.path.join(save_directory, SLM_TOKENIZER_SUBFOLDER))
+            self.llm_tokenizer.save_pretrained(os.path.join(save_directory, LLM_TOKENIZER_SUBFOLDER))
+        file = os.path.join(save_directory, "processor_config.json")
+        self.to_json_file(file)
+        return [file]
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"shared_tokenizer": self.shared_tokenizer}
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        processor_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> list[PreTrainedTokenizerBase]:
+        root = kwargs.pop("subfolder", "")
+        # Where there are two, the checkpoint's own config would be looked for beside each tokenizer: its class does.
+        kwargs = {
+            key: value for key, value in kwargs.items() if key in (*HUB_ARGUMENTS, "revision", "trust_remote_code")
+        }
+        folders = ["", ""]
+        if not (processor_dict or {}).get("shared_tokenizer", True):
+            folders = [SLM_TOKENIZER_SUBFOLDER, LLM_TOKENIZER_SUBFOLDER]
+        tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        for folder in folders:
+            if folder not in tokenizers:
+                subfolder = "/".join(part for part in (root, folder) if part)
+                tokenizers[folder] = load_tokenizer(
+                    os.fspath(pretrained_model_name_or_path), kwargs | {"subfolder": subfolder}
+                )
+        return [tokenizers[folder] for folder in folders]
+
+    # Text to tokens --------------------------------------------------------------------------------------------------
+    @property
+    def model_input_names(self) -> list[str]:
+        names = ["input_ids", "attention_mask"]
+        return names + (["slm_input_ids", "slm_attention_mask", "alignment"] if self.fusion == "align" else [])
+
+    def __call__(  # type: ignore[override]
+        self,
+        text: str | Sequence[str] | None = None,
+        text_target: str | Sequence[str] | None = None,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        max_target_length: int | None = None,
+        return_tensors: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> BatchEncoding:
+        """
+        Tokenize prompts, responses, or both.
+
+        Args:
+            text (`str` or `Sequence[str]`, *optional*): Prompts.
+            text_target (`str` or `Sequence[str]`, *optional*): Responses.
+            padding (`bool` or `str`, defaults to `False`): `True` or `"longest"` pads to the longest row, `"max_length"`
+                to `max_length` and `max_target_length`; on each tokenizer's padding side (labels on the right).
+            truncation (`bool`, defaults to `False`): Cut prompts to `max_length`, responses to `max_target_length`.
+            max_length (`int`, *optional*): Length of a prompt in the LLM's tokens; by default what the models take.
+            max_target_length (`int`, *optional*): Length of a response in the SLM's tokens, its end token included.
+            return_tensors (`str`, *optional*): `"pt"` for tensors; lists by default.
+            add_special_tokens (`bool`, defaults to `True`): Whether the tokenizers add theirs to the prompt; `False` for
+                text that a chat template has made.
+
+        Returns:
+            `BatchEncoding` with `input_ids` and `attention_mask` of shape `(batch_size, prompt_length)`; for
+            `fusion="align"` also `slm_input_ids`, `slm_attention_mask` and `alignment` of shape `(batch_size,
+            slm_prompt_length)`; with `text_target` also `labels` of shape `(batch_size, response_length)`, padded with
+            -100.
+
+        Raises:
+            ValueError: for an empty prompt, or one that is too long and not to be truncated.
+        """
+        if text is None and text_target is None:
+            raise ValueError("Give the processor prompts as `text`, responses as `text_target`, or both.")
+        if padding not in (True, False, "longest", "max_length"):
+            raise ValueError(f'`padding` must be True, False, "longest" or "max_length", got {padding!r}.')
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f'`return_tensors` must be None or "pt", got {return_tensors!r}.')
+        single = isinstance(text if text is not None else text_target, str)
+        columns: dict[str, list[list[int]]] = {}
+        if text is not None:
+            prompts = [text] if isinstance(text, str) else list(text)
+            columns |= self._prompt_columns(prompts, truncation, max_length, add_special_tokens)
+        if text_target is not None:
+            responses = [text_target] if isinstance(text_target, str) else list(text_target)
+            columns["labels"] = self.response_ids(responses, max_target_length if truncation else None)
+        if padding or return_tensors is not None:
+            limits = (max_length, max_target_length) if padding == "max_length" else (None, None)
+            columns = {name: self._padded(name, rows, bool(padding), limits) for name, rows in columns.items()}
+        if return_tensors is not None:
+            return BatchEncoding({name: torch.tensor(rows, dtype=torch.long) for name, rows in columns.items()})
+        return BatchEncoding({name: rows[0] if single else rows for name, rows in columns.items()})
+
+    def _prompt_columns(
+        self, prompts: list[str], truncation: bool, max_length: int | None, add_special_tokens: bool
+    ) -> dict[str, list[list[int]]]:
+        for index, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise ValueError(f"Prompt {index} is no text but {type(prompt).__name__}; pass strings.")
+            if not prompt.strip():
+                raise ValueError(f"Prompt {index} is empty: the LLM needs text to read. Leave empty prompts out.")
+        limit = max_length if max_length is not None else self.max_prompt_length
+        align = self.fusion == "align"
+        cut = {"truncation": True, "max_length": limit} if truncation and limit else {}
+        llm = self.llm_tokenizer(
+            prompts, add_special_tokens=add_special_tokens, return_offsets_mapping=align, verbose=False, **cut
+        )
+        if not truncation and self.max_prompt_length is not None:
+            for index, ids in enumerate(llm["input_ids"]):
+                if len(ids) > self.max_prompt_length:
+                    raise ValueError(
+                        f"Prompt {index} is {len(ids)} tokens long, but these models take at most "
+                        f"{self.max_prompt_length}. Shorten it, or pass `truncation=True` (and `max_length`)."
+                    )
+        columns = {"input_ids": llm["input_ids"], "attention_mask": [[1] * len(ids) for ids in llm["input_ids"]]}
+        if not align:
+            return columns
+        columns |= {"slm_input_ids": [], "slm_attention_mask": [], "alignment": []}
+        slm_cut = {"truncation": True, "max_length": self.slm_max_prompt_length}
+        for index, (prompt, llm_offsets) in enumerate(zip(prompts, llm["offset_mapping"], strict=True)):
+            # The SLM gets the characters that the LLM has read.
+            spans = [span for span in llm_offsets if span[1] > span[0]]
+            start, end = (spans[0][0], spans[-1][1]) if truncation and spans else (0, len(prompt))
+            slm = self.tokenizer(
+                prompt[start:end],
+                add_special_tokens=add_special_tokens,
+                return_offsets_mapping=True,
+                verbose=False,
+                **(slm_cut if truncation and self.slm_max_prompt_length else {}),
+            )
+            offsets = [(s + start, e + start) if e > s else (0, 0) for s, e in slm["offset_mapping"]]
+            if self.slm_max_prompt_length is not None and len(offsets) > self.slm_max_prompt_length:
+                raise ValueError(
+                    f"Prompt {index} is {len(offsets)} SLM tokens long, but the SLM takes at most "
+                    f"{self.slm_max_prompt_length}. Shorten it, or pass `truncation=True`."
+                )
+            columns["slm_input_ids"].append(slm["input_ids"])
+            columns["slm_attention_mask"].append([1] * len(offsets))
+            columns["alignment"].append(align_tokens(offsets, llm_offsets))
+        return columns
+
+    def response_ids(self, responses: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+        """
+        Responses as the SLM is to write them: its tokens, with an end token, cut to `max_length` with it.
+
+        Raises:
+            ValueError: if the SLM's tokenizer has no end token.
+        """
+        tokenizer = self.tokenizer
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        if end is None:
+            raise ValueError(
+                "The SLM's tokenizer has no end token, so a response would never end. Set `processor.tokenizer.eos_token`."
+            )
+        # A decoder-only SLM goes on from the prompt; what its tokenizer puts before a text does not belong there.
+        rows = tokenizer(text_target=list(responses), add_special_tokens=self.slm_is_encoder_decoder, verbose=False)[
+            "input_ids"
+        ]
+        for row in rows:
+            if self.slm_is_encoder_decoder and row and row[0] == self.decoder_start_token_id != end:
+                del row[0]
+            if not row or row[-1] != end:
+                row.append(end)
+            if max_length is not None and len(row) > max_length:
+                row[max_length - 1 :] = [end]
+        return rows
+
+    def _padded(
+        self, name: str, rows: list[list[int]], pad: bool, limits: tuple[int | None, int | None]
+    ) -> list[list[int]]:
+        longest = max(map(len, rows))
+        if not pad:
+            if any(len(row) != longest for row in rows):
+                raise ValueError("Rows of unequal length make no tensor: pass `padding=True`.")
+            return rows
+        length = max(longest, limits[name == "labels"] or 0)
+        tokenizer = self.tokenizer if name.startswith("slm_") or name == "alignment" else self.llm_tokenizer
+        values = {"input_ids": tokenizer.pad_token_id, "slm_input_ids": tokenizer.pad_token_id, "labels": -100}
+        value = values.get(name, 0)
+        if name != "labels" and tokenizer.padding_side == "left":
+            return [[value] * (length - len(row)) + row for row in rows]
+        return [row + [value] * (length - len(row)) for row in rows]
+
+
+__all__ = ["LLM2SLMProcessor"]

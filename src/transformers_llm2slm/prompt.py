@@ -1,0 +1,129 @@
+"""Prompts: what the LLM's reading leaves for the SLM, the checks before it, and the fusion that makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from .configuration_llm2slm import LLM2SLMConfig, encoder_text_config
+from .structure import embed_tokens, move_padding, position_limit
+
+
+@dataclass
+class LLM2SLMPrompt(ModelOutput):
+    """
+    A prompt that the LLM has read, ready for the SLM: what [`~LLM2SLMForConditionalGeneration.encode_prompt`] returns,
+    and `forward` and `generate` take as `prompt=`, on this machine or another.
+
+    Args:
+        prompt_states (`torch.Tensor` of shape `(batch_size, prompt_length, slm_hidden_size)`): The fused prompt, padded
+            on the right.
+        attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`): 1 for real positions, 0 for padding.
+    """
+
+    prompt_states: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+
+
+def check_prompt_length(tokens: torch.Tensor, model: PreTrainedModel, part: str) -> None:
+    """Raise a `ValueError` if a prompt of shape `(batch_size, prompt_length, ...)` is longer than `model` can take."""
+    limit = position_limit(encoder_text_config(model.config), model)
+    if limit is not None and tokens.shape[1] > limit:
+        raise ValueError(
+            f"The prompt is {tokens.shape[1]} tokens long (with padding), but the {part} ({type(model).__name__}) takes "
+            f"at most {limit}. Shorten it, or truncate: `processor(..., truncation=True, max_length={limit})`."
+        )
+
+
+def prompt_mask(
+    config: LLM2SLMConfig,
+    llm: PreTrainedModel | None,
+    input_ids: torch.LongTensor | None,
+    attention_mask: torch.Tensor | None,
+    llm_hidden_states: torch.Tensor | None,
+) -> torch.Tensor:
+    """
+    The attention mask `(batch_size, prompt_length)` of a prompt.
+
+    Raises:
+        ValueError: if there is no prompt, a row has no token, padding is not marked, or tokens are not the LLM's.
+    """
+    tokens = input_ids if input_ids is not None else llm_hidden_states
+    if tokens is None:
+        raise ValueError(
+            "There is no prompt: pass `input_ids` (and `attention_mask`), `llm_hidden_states` or `prompt`, for instance "
+            "what `LLM2SLMProcessor` returns."
+        )
+    if attention_mask is None:
+        pad = getattr(encoder_text_config(config.llm_config), "pad_token_id", None)
+        if input_ids is not None and input_ids.shape[0] > 1 and pad is not None and bool((input_ids == pad).any()):
+            raise ValueError(
+                f"`input_ids` holds the LLM's padding token ({pad}) but there is no `attention_mask`, so padding can't be "
+                "told from text. Pass the `attention_mask` that the processor returns."
+            )
+        attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+    if torch.compiler.is_compiling():
+        return attention_mask
+    if tokens.shape[1] == 0 or bool((attention_mask.sum(dim=1) == 0).any()):
+        rows = [] if tokens.shape[1] == 0 else (attention_mask.sum(dim=1) == 0).nonzero()[:, 0].tolist()
+        which = f"Prompt {rows[0]} of the batch is" if rows else "The prompt is"
+        raise ValueError(f"{which} empty: the LLM needs at least one token to read. Leave empty prompts out.")
+    if input_ids is not None and llm is not None:
+        size = llm.get_input_embeddings().weight.shape[0]
+        if (top := int(input_ids.max())) >= size:
+            raise ValueError(
+                f"`input_ids` holds token {top}, but the LLM's vocabulary has {size} tokens. `input_ids` are the LLM's "
+                "tokens: make them with `LLM2SLMProcessor` or the LLM's tokenizer."
+            )
+    return attention_mask
+
+
+def fuse(
+    fusion: str,
+    slm: PreTrainedModel,
+    projected: torch.Tensor,
+    mask: torch.Tensor,
+    input_ids: torch.LongTensor | None,
+    slm_input_ids: torch.LongTensor | None,
+    slm_attention_mask: torch.Tensor | None,
+    alignment: torch.LongTensor | None,
+) -> LLM2SLMPrompt:
+    """
+    Join the projected states with the SLM's own view of the prompt.
+
+    Args:
+        projected (`torch.Tensor` of shape `(batch_size, prompt_length, slm_hidden_size)`), mask, input_ids (of shape
+            `(batch_size, prompt_length)`): One state for each LLM token, padded on the right.
+        slm_input_ids, slm_attention_mask, alignment (of shape `(batch_size, slm_prompt_length)`): The SLM's tokens and,
+            for each, the rank of its LLM token in the row; padded on any side.
+
+    Raises:
+        ValueError: if the batch lacks what the fusion needs, or the fused prompt is too long for the SLM.
+    """
+    device = projected.device
+    if fusion == "align":
+        views = {"slm_input_ids": slm_input_ids, "alignment": alignment}
+        if missing := [f"`{name}`" for name, view in views.items() if view is None]:
+            raise ValueError(
+                '`fusion="align"` needs the prompt in both token views: `input_ids` of the LLM, `slm_input_ids`, '
+                f"`slm_attention_mask` and `alignment` of the SLM. This batch lacks {' and '.join(missing)}. Make it with "
+                "`LLM2SLMProcessor.from_llm_slm_pretrained` of the same two models."
+            )
+        slm_mask = torch.ones_like(slm_input_ids) if slm_attention_mask is None else slm_attention_mask
+        slm_mask = slm_mask.to(device)
+        ids, alignment, mask = (
+            move_padding(view.to(device), slm_mask, "right") for view in (slm_input_ids, alignment, slm_mask)
+        )
+        index = alignment.clamp(0, projected.shape[1] - 1).unsqueeze(-1).expand(-1, -1, projected.shape[2])
+        projected = projected.gather(1, index) + embed_tokens(slm, ids)
+    elif fusion == "add":
+        if input_ids is None:
+            raise ValueError(
+                '`fusion="add"` needs `input_ids` beside `llm_hidden_states`, since the SLM embeds the same tokens.'
+            )
+        projected = projected + embed_tokens(slm, input_ids)
+    check_prompt_length(projected, slm, "SLM")
+    return LLM2SLMPrompt(prompt_states=projected, attention_mask=mask.to(device))

@@ -1,0 +1,168 @@
+"""What a transformers model offers, found out from the model itself: its embeddings, limits, layers and parts.
+
+Nothing here knows a model family by name, so a family that appears tomorrow is treated like those of today.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def accepts(function: Callable, name: str) -> bool:
+    """Whether `function` has a parameter called `name`."""
+    return name in inspect.signature(function).parameters
+
+
+class DroppedModule(nn.Module):
+    """Stands where a part was that this model never runs. It holds no weights."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, what: str):
+        super().__init__()
+        self.what = what
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"{self.what} was dropped when the model was composed and can't be run.")
+
+
+def drop_module(model: PreTrainedModel, module: nn.Module, what: str) -> None:
+    """Take `module` and its weights out of `model`, and out of what the model knows about tied weights."""
+    path = next(name for name, candidate in model.named_modules() if candidate is module)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, DroppedModule(what))
+    for prefix, submodel in model.named_modules():
+        if isinstance(submodel, PreTrainedModel) and path.startswith(f"{prefix}." if prefix else ""):
+            dropped = path[len(prefix) + 1 :] if prefix else path
+            for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+                if ties := getattr(submodel, attribute, None):
+                    setattr(submodel, attribute, _without_dropped_ties(ties, f"{dropped}."))
+
+
+def _without_dropped_ties(ties: dict[str, str], dropped: str) -> dict[str, str]:
+    """The `{target: source}` ties that are left without `dropped`; targets that lose their source share a new one."""
+    kept: dict[str, str] = {}
+    new_source: dict[str, str] = {}
+    for target, source in ties.items():
+        if target.startswith(dropped):
+            continue
+        if source.startswith(dropped):
+            if (heir := new_source.setdefault(source, target)) != target:
+                kept[target] = heir
+        else:
+            kept[target] = source
+    return kept
+
+
+def reader(model: PreTrainedModel) -> nn.Module:
+    """The part of `model` that takes a prompt: its encoder or, where it has none (left), its decoder."""
+    if model.config.is_encoder_decoder and not isinstance(encoder := model.get_encoder(), DroppedModule):
+        return encoder
+    return model.get_decoder()
+
+
+def embed_tokens(model: PreTrainedModel, input_ids: torch.LongTensor) -> torch.Tensor:
+    """
+    The `inputs_embeds` that `model` computes from `input_ids`.
+
+    Most embedding modules scale by themselves; in some models (Marian, Pegasus) the encoder does it afterwards, and
+    not to `inputs_embeds` that it is given.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`).
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`.
+    """
+    part = reader(model)
+    embedding = part.get_input_embeddings()
+    embeds = embedding(input_ids.to(embedding.weight.device))
+    scale = 1.0 if hasattr(embedding, "embed_scale") else getattr(part, "embed_scale", 1.0)
+    return embeds if scale == 1.0 else embeds * scale
+
+
+def position_limit(config: PreTrainedConfig, model: nn.Module | None = None) -> int | None:
+    """
+    The longest sequence in tokens that a model of this (text) configuration takes, `None` where there is no limit.
+
+    With `model` given, positions that its table keeps for padding are not counted (RoBERTa: 514 rows, 512 tokens).
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == limit and module.padding_idx is not None:
+            if module.padding_idx < limit - 1 and module.num_embeddings != getattr(config, "vocab_size", None):
+                return limit - module.padding_idx - 1
+    return limit
+
+
+def move_padding(tensor: torch.Tensor, mask: torch.Tensor, side: Literal["left", "right"]) -> torch.Tensor:
+    """
+    Move the real tokens of each row together, all padding to one side, without changing their order.
+
+    Args:
+        tensor (`torch.Tensor` of shape `(batch_size, sequence_length, ...)`).
+        mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 for real tokens, 0 for padding, anywhere.
+        side (`str`): Where the padding goes.
+
+    Returns:
+        `torch.Tensor` of the shape of `tensor`.
+    """
+    order = mask.to(torch.long).argsort(dim=1, descending=side == "right", stable=True)
+    order = order.reshape(order.shape + (1,) * (tensor.dim() - 2))
+    return tensor.gather(1, order.expand(tensor.shape))
+
+
+def layer_list(model: nn.Module, num_layers: int) -> str:
+    """Name of the `nn.ModuleList` that holds the `num_layers` layers of `model`."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return name
+    raise ValueError(f"Found no list of {num_layers} layers in a {type(model).__name__}; it can't be cut.")
+
+
+@torch.no_grad()
+def check_can_write(slm: PreTrainedModel) -> None:
+    """
+    Raise a `ValueError` that says why, if `slm` can't continue from a prompt that is given as embeddings.
+
+    Its output for a few tokens must be the same from `input_ids` and from `inputs_embeds`, and a decoder-only SLM must
+    not look ahead. It takes one or two forward passes over six tokens.
+    """
+    name = type(slm).__name__
+    if not accepts(slm.forward, "inputs_embeds"):
+        raise ValueError(f"{name} can't be the SLM: its `forward` takes no `inputs_embeds`. Choose another SLM.")
+    causal = not slm.config.is_encoder_decoder
+    if causal and not accepts(slm.prepare_inputs_for_generation, "inputs_embeds"):
+        raise ValueError(f"{name} can't be the SLM: its `generate` takes no `inputs_embeds`. Choose another SLM.")
+
+    embedding = reader(slm).get_input_embeddings()
+    ids = torch.arange(3, 9, device=embedding.weight.device)[None] % embedding.num_embeddings
+    extra = {} if causal else {"decoder_input_ids": ids[:, :2]}
+    was_training = slm.training
+    slm.eval()
+    try:
+        from_ids = slm(input_ids=ids, **extra).logits
+        from_embeds = slm(inputs_embeds=embed_tokens(slm, ids), **extra).logits
+        other_end = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+        ahead = slm(input_ids=other_end, **extra).logits if causal else from_ids
+    finally:
+        slm.train(was_training)
+    scale = max(from_ids.abs().max().item(), 1e-3)
+    if (difference := (from_ids - from_embeds).abs().max().item()) > 0.05 * scale:
+        raise ValueError(
+            f"{name} can't be the SLM: its logits from `inputs_embeds` differ from those from `input_ids` by "
+            f"{difference:.3g} (largest logit {scale:.3g}), so it can't take a prompt as embeddings. Choose another SLM."
+        )
+    if causal and (from_ids - ahead)[:, :-1].abs().max().item() > 0.05 * scale:
+        raise ValueError(
+            f"{name} can't be the SLM: its logits depend on later tokens (`is_decoder` is "
+            f"{getattr(slm.config, 'is_decoder', None)}). Set `is_decoder=True` in its config or choose a causal SLM."
+        )
