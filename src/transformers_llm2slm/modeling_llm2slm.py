@@ -18,7 +18,7 @@ from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig, decoder_text_co
 from .loading import HUB_ARGUMENTS, freeze, slm_auto_class, take_prefixed
 from .projector import LLM2SLMProjector
 from .prompt import LLM2SLMPrompt, check_prompt_length, fuse, prompt_mask
-from .structure import accepts, drop_module, embed_tokens, move_padding, position_limit
+from .structure import accepts, drop_module, embed_tokens, move_padding, position_limit, reader
 
 
 # Outputs -----------------------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
         return self.slm.device
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.slm.get_input_embeddings()
+        return reader(self.slm).get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.slm.set_input_embeddings(value)
@@ -534,9 +534,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             if accepts(self.slm.forward, "logits_to_keep"):
                 inputs["logits_to_keep"] = length
         outputs = self.slm(**inputs, use_cache=bool(use_cache), return_dict=True, **kwargs)
-        logits = outputs.logits[:, -length:]
+        logits = outputs.logits[:, -length:].contiguous()
         loss = None
         if labels is not None:
+            labels = labels.to(logits.device).contiguous()
             # The SLM's own loss function. Our labels stand where they are scored, so they are not shifted again.
             loss = self.slm.loss_function(
                 logits=logits,

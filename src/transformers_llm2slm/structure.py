@@ -28,6 +28,9 @@ class DroppedModule(nn.Module):
         super().__init__()
         self.what = what
 
+    def get_input_embeddings(self) -> None:
+        """There are none."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(f"{self.what} was dropped when the model was composed and can't be run.")
 
