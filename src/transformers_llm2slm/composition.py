@@ -7,11 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .configuration_llm2slm import (
     FUSIONS,
-    LLM_SUBFOLDER,
     PROJECTOR_INITS,
     LLM2SLMConfig,
     check_choice,
@@ -115,7 +114,7 @@ def compose(
     model.generation_config = _with_pad_token(generation_config)
     model.model.attach_llm(llm_model)
     model.name_or_path = ""
-    if projector_init == "fit":
+    if fit_prompts and projector_init == "fit":
         from .fit import fit_projector
 
         if processor is None:
@@ -144,7 +143,7 @@ def _load_parts(
     return llm_source, llm_model, _source(slm), slm_model
 
 
-def _source(model: str | os.PathLike | PreTrainedModel | None) -> str | None:
+def _source(model: str | os.PathLike | PreTrainedModel | None) -> Any:
     """Where a model is from: what the caller gave, or what a model in memory was loaded from, if anything."""
     if isinstance(model, PreTrainedModel):
         return model.name_or_path or None
@@ -260,98 +259,3 @@ def different_tokenizers(llm_tokenizer: Any, tokenizer: Any) -> str:
         f'{type(tokenizer).__name__} with {len(tokenizer)}. Use `fusion="align"` (aligned by characters), '
         '`"replace"` or `"llm-embed"`.'
     )
-
-
-# Loading -----------------------------------------------------------------------------------------------------------------
-def check_loaded(name_or_path: Any, info: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` if a checkpoint lacked weights: nothing is silently random."""
-    missing = sorted(info["missing_keys"])
-    mismatched = sorted(map(str, info["mismatched_keys"]))
-    if missing or mismatched:
-        parts = sorted({part for part in ("projector", "slm") for key in missing if f"{part}." in key})
-        shown = ", ".join((missing + mismatched)[:4])
-        raise ValueError(
-            f"The checkpoint {os.fspath(name_or_path)!r} lacks weights: expected all of projector and SLM, found "
-            f"{len(missing)} key(s) of {' and '.join(parts) or 'the model'} missing and {len(mismatched)} of another shape "
-            f"({shown}{' ...' if len(missing) + len(mismatched) > 4 else ''}). It is incomplete or belongs to another "
-            "configuration: save it again with `model.save_pretrained`, or compose a new model with "
-            "`from_llm_slm_pretrained`."
-        )
-
-
-def attach_pretrained_llm(
-    model: LLM2SLMForConditionalGeneration,
-    checkpoint: str | os.PathLike,
-    llm_model: PreTrainedModel | None,
-    llm_kwargs: dict[str, Any],
-    hub: dict[str, Any],
-) -> None:
-    """
-    Load the LLM that a checkpoint names (or holds), check that it is the one, and attach it.
-
-    Args:
-        model: A model that has just been loaded without its LLM.
-        checkpoint: Where it was loaded from.
-        llm_model: The LLM, if it is in memory already.
-        llm_kwargs: The caller's `llm_*` arguments, without the prefix.
-        hub: The caller's arguments for the checkpoint that concern the LLM too.
-    """
-    config = model.config
-    check = llm_kwargs.pop("check_fingerprint", True)
-    if llm_model is not None:
-        check_llm_config(config, llm_model.config, "the model in memory")
-        llm = adopt_llm(llm_model)
-        fingerprint = llm_fingerprint(llm, llm_model.name_or_path or None) if check else None
-        found = "the model in memory"
-    else:
-        arguments = {key: value for key, value in hub.items() if key in (*HUB_ARGUMENTS, "device_map")}
-        other = llm_kwargs.pop("name_or_path", None)
-        if other is None and config.llm_in_checkpoint:
-            name = os.fspath(checkpoint)
-            subfolder = "/".join(part for part in (hub.get("subfolder"), LLM_SUBFOLDER) if part)
-            arguments |= {"revision": hub.get("revision"), "subfolder": subfolder}
-        else:
-            name = other or config.llm_name_or_path
-            if name is None:
-                raise ValueError(
-                    "The checkpoint names no LLM: it was composed of a model in memory. Pass that model with "
-                    "`llm_model=`, a local copy with `llm_name_or_path=`, or go without it with `load_llm=False`."
-                )
-            if other is None or other == config.llm_name_or_path:
-                arguments["revision"] = config.llm_revision
-            arguments["subfolder"] = config.llm_subfolder
-        arguments |= {"dtype": config.llm_dtype or "auto"} | llm_kwargs
-        arguments = {key: value for key, value in arguments.items() if value not in (None, "")}
-        llm = _load_checked(config, name, arguments)
-        fingerprint = llm_fingerprint(llm, name, **arguments) if check else None
-        found = repr(name)
-    if check and config.llm_fingerprint is not None and fingerprint != config.llm_fingerprint:
-        raise ValueError(
-            f"The LLM is not the one this model was trained with: expected weights of {config.llm_name_or_path!r} with "
-            f"fingerprint {config.llm_fingerprint}, found {found} with {fingerprint or 'none that can be read'}. Pass the "
-            "right LLM with `llm_name_or_path=`, `llm_revision=` or `llm_model=`, or accept this one with "
-            "`llm_check_fingerprint=False`."
-        )
-    model.model.attach_llm(llm)
-
-
-def _load_checked(config: LLM2SLMConfig, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
-    where = {key: value for key, value in arguments.items() if key in (*HUB_ARGUMENTS, "revision", "subfolder")}
-    try:
-        llm_config = AutoConfig.from_pretrained(name, **where)
-    except (OSError, ValueError):
-        return load_llm(name, **arguments)  # says what is wrong, and what to do
-    check_llm_config(config, llm_config, repr(name))
-    return load_llm(name, config=llm_config, **arguments)
-
-
-def check_llm_config(config: LLM2SLMConfig, llm_config: PreTrainedConfig, found: str) -> None:
-    """Raise a `ValueError` if an LLM has not the architecture that the checkpoint was trained with."""
-    expected, given = encoder_text_config(config.llm_config), encoder_text_config(llm_config)
-    for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
-        if getattr(expected, name, None) != getattr(given, name, None):
-            raise ValueError(
-                f"The LLM is not the one this model was trained with: expected `{name}` "
-                f"{getattr(expected, name, None)!r} ({config.llm_name_or_path!r}), found {getattr(given, name, None)!r} "
-                f"({found}). Pass the right LLM with `llm_name_or_path=` or `llm_model=`."
-            )

@@ -143,6 +143,15 @@ class LLM2SLMConfig(PreTrainedConfig):
         if self.llm_layer == []:
             raise ValueError("`llm_layer` is an empty list; give at least one layer.")
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As for any config, but `llm_*` arguments of `AutoModel.from_pretrained` are left for the LLM's loader."""
+        if not kwargs.get("return_unused_kwargs"):
+            return super().from_dict(config_dict, **kwargs)
+        llm_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith("llm_")}
+        config, unused = super().from_dict(config_dict, **kwargs)
+        return config, unused | llm_kwargs
+
     # Widths ----------------------------------------------------------------------------------------------------------
     @property
     def llm_hidden_size(self) -> int:

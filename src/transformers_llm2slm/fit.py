@@ -125,7 +125,7 @@ def _reverse(processor: LLM2SLMProcessor, prompt: str, llm_ids: list[int], slm_i
     return align_tokens(*offsets)
 
 
-def _slm_states(slm: PreTrainedModel, input_ids: torch.LongTensor, target: str | int) -> torch.Tensor:
+def _slm_states(slm: PreTrainedModel, input_ids: torch.Tensor, target: str | int) -> torch.Tensor:
     """What the SLM makes of a prompt: its embeddings, or its states at a layer; `(1, length, width)`."""
     if target == "embeddings":
         return embed_tokens(slm, input_ids)

@@ -189,7 +189,7 @@ def _weight_files(name_or_path: str, kwargs: Mapping[str, Any]) -> list[Path]:
 
 
 # The SLM -----------------------------------------------------------------------------------------------------------------
-def slm_auto_class(config: PreTrainedConfig) -> type:
+def slm_auto_class(config: PreTrainedConfig) -> Any:
     """The Auto class that writes with a model of this configuration. Raises a `ValueError` where none can."""
     mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

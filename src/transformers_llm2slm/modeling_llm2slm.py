@@ -13,7 +13,14 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
-from .composition import attach_pretrained_llm, check_loaded, compose
+from .checkpoint import (
+    attach_pretrained_llm,
+    check_loaded,
+    expect_checkpoint_keys,
+    is_checkpoint_key,
+    keep_checkpoint_keys,
+)
+from .composition import compose
 from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig, decoder_text_config
 from .loading import HUB_ARGUMENTS, freeze, slm_auto_class, take_prefixed
 from .projector import LLM2SLMProjector
@@ -89,7 +96,7 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.slm.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> Any:
         return self.slm.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
@@ -98,11 +105,6 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the SLM's vocabulary; the LLM's is frozen like the rest of it."""
         return self.slm.resize_token_embeddings(*args, **kwargs)
-
-
-def is_checkpoint_key(name: str) -> bool:
-    """Whether a checkpoint holds this key of [`LLM2SLMModel`]: projector and SLM are held, the LLM is named only."""
-    return not name.startswith("llm.")
 
 
 class LLM2SLMModel(LLM2SLMPreTrainedModel):
@@ -121,8 +123,8 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
             drop_module(self.slm, self.slm.get_encoder(), "The SLM's encoder")
         config.slm_config = self.slm.config
         self.llm: PreTrainedModel | None = None
-        self.register_state_dict_post_hook(_keep_checkpoint_keys)
-        self.register_load_state_dict_post_hook(_expect_checkpoint_keys)
+        self.register_state_dict_post_hook(keep_checkpoint_keys)
+        self.register_load_state_dict_post_hook(expect_checkpoint_keys)
         self.post_init()
 
     def attach_llm(self, llm: PreTrainedModel | None) -> None:
@@ -138,7 +140,7 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
 
     # Reading -------------------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def llm_states(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def llm_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """
         Run the frozen LLM over a batch that is padded on the right.
 
@@ -176,11 +178,11 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
 
     def encode_prompt(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        slm_input_ids: torch.LongTensor | None = None,
+        slm_input_ids: torch.Tensor | None = None,
         slm_attention_mask: torch.Tensor | None = None,
-        alignment: torch.LongTensor | None = None,
+        alignment: torch.Tensor | None = None,
         llm_hidden_states: torch.Tensor | None = None,
     ) -> LLM2SLMPrompt:
         """
@@ -206,7 +208,7 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
             input_ids = move_padding(input_ids.to(attention_mask.device), attention_mask, "right")
         mask = move_padding(attention_mask, attention_mask, "right")
         if llm_hidden_states is None:
-            states = self.llm_states(input_ids, mask)
+            states = self.llm_states(input_ids, mask)  # type: ignore[arg-type]  # there is one, or prompt_mask raised
         else:
             states = llm_hidden_states if llm_hidden_states.dim() == 4 else llm_hidden_states.unsqueeze(2)
             states = move_padding(states, attention_mask.to(states.device), "right")
@@ -233,7 +235,7 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
             states, mask = (move_padding(t, mask, "left") for t in (states, mask))
         return {"inputs_embeds": states, "attention_mask": mask}
 
-    def slm_inputs(self, prompt: LLM2SLMPrompt, decoder_input_ids: torch.LongTensor | None) -> dict[str, Any]:
+    def slm_inputs(self, prompt: LLM2SLMPrompt, decoder_input_ids: torch.Tensor | None) -> dict[str, Any]:
         """The arguments of one forward pass of the SLM over prompt and (shifted) response."""
         kwargs = self.slm_prompt(prompt)
         if self.slm.config.is_encoder_decoder:
@@ -270,14 +272,14 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        slm_input_ids: torch.LongTensor | None = None,
+        slm_input_ids: torch.Tensor | None = None,
         slm_attention_mask: torch.Tensor | None = None,
-        alignment: torch.LongTensor | None = None,
+        alignment: torch.Tensor | None = None,
         llm_hidden_states: torch.Tensor | None = None,
         prompt: LLM2SLMPrompt | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         use_cache: bool = False,
         **kwargs: Any,
     ) -> LLM2SLMModelOutput:
@@ -302,19 +304,6 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
         return LLM2SLMModelOutput(
             last_hidden_state=head_inputs[0][:, -length:], past_key_values=outputs.get("past_key_values")
         )
-
-
-def _keep_checkpoint_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    for key in [key for key in state_dict if key.startswith(prefix) and not is_checkpoint_key(key[len(prefix) :])]:
-        del state_dict[key]
-
-
-def _expect_checkpoint_keys(module: nn.Module, incompatible_keys: Any) -> None:
-    # Keys come with the prefix that the module has in the model that is loaded.
-    llm = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
-    llm = {name for name in llm if not is_checkpoint_key(name)}
-    missing = incompatible_keys.missing_keys
-    missing[:] = [key for key in missing if key not in llm and key.removeprefix("model.") not in llm]
 
 
 class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
@@ -400,14 +389,14 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         return compose(cls, llm, slm, **kwargs)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *model_args: Any,
         load_llm: bool = True,
         llm_model: PreTrainedModel | None = None,
         **kwargs: Any,
-    ) -> LLM2SLMForConditionalGeneration:
+    ) -> Any:
         r"""
         Load projector and SLM from a checkpoint, and the frozen LLM that it names from its own repository.
 
@@ -451,10 +440,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
                 needs nothing else.
             args, kwargs: As for any `save_pretrained` (`push_to_hub`, `max_shard_size`, `state_dict` ...).
         """
-        if save_llm and self.llm is None:
-            raise ValueError("`save_llm=True` needs the LLM, but this model was loaded with `load_llm=False`.")
         self.config.llm_in_checkpoint = save_llm
         if save_llm:
+            if self.llm is None:
+                raise ValueError("`save_llm=True` needs the LLM, but this model was loaded with `load_llm=False`.")
             self.llm.save_pretrained(os.path.join(save_directory, LLM_SUBFOLDER))
         if (state_dict := kwargs.get("state_dict")) is not None:
             prefix = f"{self.base_model_prefix}."
@@ -466,7 +455,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         """See [`LLM2SLMModel.encode_prompt`]."""
         return self.model.encode_prompt(*args, **kwargs)
 
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """
         The response's tokens as the SLM gets them while it is scored on `labels`.
 
@@ -488,15 +477,15 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        slm_input_ids: torch.LongTensor | None = None,
+        slm_input_ids: torch.Tensor | None = None,
         slm_attention_mask: torch.Tensor | None = None,
-        alignment: torch.LongTensor | None = None,
+        alignment: torch.Tensor | None = None,
         llm_hidden_states: torch.Tensor | None = None,
         prompt: LLM2SLMPrompt | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_dict: bool | None = None,
@@ -556,10 +545,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def _check_labels(self, labels: torch.LongTensor) -> None:
+    def _check_labels(self, labels: torch.Tensor) -> None:
         if torch.compiler.is_compiling() or labels.numel() == 0:
             return
-        size = self.get_output_embeddings().weight.shape[0]
+        size: int = self.get_output_embeddings().weight.shape[0]
         low, high = (int(bound) for bound in labels.aminmax())
         if high >= size or (low < 0 and bool(((labels < 0) & (labels != -100)).any())):
             raise ValueError(
@@ -571,7 +560,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        inputs: torch.LongTensor | None = None,
+        inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *args: Any,
         prompt: LLM2SLMPrompt | None = None,

@@ -49,7 +49,7 @@ class Text2TextGenerationPipeline(Pipeline):
             raise ValueError('The task "text2text-generation" needs a tokenizer or a processor: pass `tokenizer=`.')
         super().__init__(model, *args, tokenizer=tokenizer, processor=processor, **kwargs)
 
-    def _sanitize_parameters(  # type: ignore[override]
+    def _sanitize_parameters(
         self,
         return_tensors: bool | None = None,
         return_text: bool | None = None,
@@ -88,10 +88,10 @@ class Text2TextGenerationPipeline(Pipeline):
                 return [sequences[0] for sequences in result]
         return result
 
-    def preprocess(self, inputs: Any, **preprocess_params: Any) -> dict[str, GenericTensor]:  # type: ignore[override]
+    def preprocess(self, inputs: Any, **preprocess_params: Any) -> dict[str, GenericTensor]:
         if not isinstance(inputs, str):
             raise ValueError(f"The task takes strings, got {type(inputs).__name__}: {inputs!r:.80}.")
-        return {"text": (self.prefix or "") + inputs}  # type: ignore[dict-item]
+        return {"text": (self.prefix or "") + inputs}
 
     def _forward(self, input_tensors: Mapping[str, Any], truncation: bool = False, **kwargs: Any) -> dict[str, Any]:
         text = input_tensors["text"]
@@ -108,7 +108,7 @@ class Text2TextGenerationPipeline(Pipeline):
         output_ids = output_ids if isinstance(output_ids, torch.Tensor) else output_ids.sequences
         return {"output_ids": output_ids.reshape(len(texts), -1, output_ids.shape[-1])}
 
-    def postprocess(  # type: ignore[override]
+    def postprocess(
         self,
         model_outputs: Mapping[str, Any],
         return_tensors: bool = False,

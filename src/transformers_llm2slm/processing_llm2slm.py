@@ -176,7 +176,7 @@ class LLM2SLMProcessor(ProcessorMixin):
         names = ["input_ids", "attention_mask"]
         return names + (["slm_input_ids", "slm_attention_mask", "alignment"] if self.fusion == "align" else [])
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         text: str | Sequence[str] | None = None,
         text_target: str | Sequence[str] | None = None,

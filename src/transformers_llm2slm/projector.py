@@ -37,7 +37,7 @@ class LLM2SLMProjector(nn.Module):
 
     def mix(self, llm_states: torch.Tensor) -> torch.Tensor:
         """The (weighted) state of each token, `(batch_size, prompt_length, llm_hidden_size)`."""
-        states = llm_states[:, :, : self.num_layers_mixed].to(self.layers[0].weight.dtype)
+        states = llm_states[:, :, : self.num_layers_mixed].to(next(self.layers[0].parameters()).dtype)
         if self.layer_weights is None:
             return states[:, :, 0]
         return torch.einsum("bpsd,s->bpd", states, self.layer_weights.softmax(dim=0))

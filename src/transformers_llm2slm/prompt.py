@@ -24,8 +24,8 @@ class LLM2SLMPrompt(ModelOutput):
         attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`): 1 for real positions, 0 for padding.
     """
 
-    prompt_states: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
+    prompt_states: torch.Tensor = None  # type: ignore[assignment]
+    attention_mask: torch.Tensor = None  # type: ignore[assignment]
 
 
 def check_prompt_length(tokens: torch.Tensor, model: PreTrainedModel, part: str) -> None:
@@ -41,7 +41,7 @@ def check_prompt_length(tokens: torch.Tensor, model: PreTrainedModel, part: str)
 def prompt_mask(
     config: LLM2SLMConfig,
     llm: PreTrainedModel | None,
-    input_ids: torch.LongTensor | None,
+    input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     llm_hidden_states: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -86,10 +86,10 @@ def fuse(
     slm: PreTrainedModel,
     projected: torch.Tensor,
     mask: torch.Tensor,
-    input_ids: torch.LongTensor | None,
-    slm_input_ids: torch.LongTensor | None,
+    input_ids: torch.Tensor | None,
+    slm_input_ids: torch.Tensor | None,
     slm_attention_mask: torch.Tensor | None,
-    alignment: torch.LongTensor | None,
+    alignment: torch.Tensor | None,
 ) -> LLM2SLMPrompt:
     """
     Join the projected states with the SLM's own view of the prompt.
@@ -105,8 +105,9 @@ def fuse(
     """
     device = projected.device
     if fusion == "align":
-        views = {"slm_input_ids": slm_input_ids, "alignment": alignment}
-        if missing := [f"`{name}`" for name, view in views.items() if view is None]:
+        if slm_input_ids is None or alignment is None:
+            views = {"slm_input_ids": slm_input_ids, "alignment": alignment}
+            missing = [f"`{name}`" for name, view in views.items() if view is None]
             raise ValueError(
                 '`fusion="align"` needs the prompt in both token views: `input_ids` of the LLM, `slm_input_ids`, '
                 f"`slm_attention_mask` and `alignment` of the SLM. This batch lacks {' and '.join(missing)}. Make it with "

@@ -63,14 +63,14 @@ def _without_dropped_ties(ties: dict[str, str], dropped: str) -> dict[str, str]:
     return kept
 
 
-def reader(model: PreTrainedModel) -> nn.Module:
+def reader(model: PreTrainedModel) -> Any:
     """The part of `model` that takes a prompt: its encoder or, where it has none (left), its decoder."""
     if model.config.is_encoder_decoder and not isinstance(encoder := model.get_encoder(), DroppedModule):
         return encoder
     return model.get_decoder()
 
 
-def embed_tokens(model: PreTrainedModel, input_ids: torch.LongTensor) -> torch.Tensor:
+def embed_tokens(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """
     The `inputs_embeds` that `model` computes from `input_ids`.
 

@@ -1,0 +1,133 @@
+"""What a checkpoint holds, and putting a loaded model together again, with checks that nothing is guessed.
+
+A checkpoint holds projector and SLM, and names the LLM by repository, commit and fingerprint.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig, encoder_text_config
+from .loading import HUB_ARGUMENTS, adopt_llm, llm_fingerprint, load_llm
+
+if TYPE_CHECKING:
+    from .modeling_llm2slm import LLM2SLMForConditionalGeneration
+
+
+def is_checkpoint_key(name: str) -> bool:
+    """Whether a checkpoint holds this key of [`LLM2SLMModel`]: projector and SLM are held, the LLM is only named."""
+    return not name.startswith("llm.")
+
+
+def keep_checkpoint_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Hook after `state_dict()`: leave out what a checkpoint does not hold."""
+    for key in [key for key in state_dict if key.startswith(prefix) and not is_checkpoint_key(key[len(prefix) :])]:
+        del state_dict[key]
+
+
+def expect_checkpoint_keys(module: nn.Module, incompatible_keys: Any) -> None:
+    """Hook after `load_state_dict()`: what a checkpoint does not hold is not missing from it."""
+    named = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    llm = {name for name in named if not is_checkpoint_key(name)}
+    # Keys come with the prefix that the module has in the model that is loaded.
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if key not in llm and key.removeprefix("model.") not in llm]
+
+
+def check_loaded(name_or_path: Any, info: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` if a checkpoint lacked weights: nothing is silently random."""
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(map(str, info["mismatched_keys"]))
+    if missing or mismatched:
+        parts = sorted({part for part in ("projector", "slm") for key in missing if f"{part}." in key})
+        shown = ", ".join((missing + mismatched)[:4])
+        raise ValueError(
+            f"The checkpoint {os.fspath(name_or_path)!r} lacks weights: expected all of projector and SLM, found "
+            f"{len(missing)} key(s) of {' and '.join(parts) or 'the model'} missing and {len(mismatched)} of another shape "
+            f"({shown}{' ...' if len(missing) + len(mismatched) > 4 else ''}). It is incomplete or belongs to another "
+            "configuration: save it again with `model.save_pretrained`, or compose a new model with "
+            "`from_llm_slm_pretrained`."
+        )
+
+
+def attach_pretrained_llm(
+    model: LLM2SLMForConditionalGeneration,
+    checkpoint: str | os.PathLike,
+    llm_model: PreTrainedModel | None,
+    llm_kwargs: dict[str, Any],
+    hub: dict[str, Any],
+) -> None:
+    """
+    Load the LLM that a checkpoint names (or holds), check that it is the one, and attach it.
+
+    Args:
+        model: A model that has just been loaded without its LLM.
+        checkpoint: Where it was loaded from.
+        llm_model: The LLM, if it is in memory already.
+        llm_kwargs: The caller's `llm_*` arguments, without the prefix.
+        hub: The caller's arguments for the checkpoint that concern the LLM too.
+    """
+    config = model.config
+    check = llm_kwargs.pop("check_fingerprint", True)
+    if llm_model is not None:
+        check_llm_config(config, llm_model.config, "the model in memory")
+        llm = adopt_llm(llm_model)
+        fingerprint = llm_fingerprint(llm, llm_model.name_or_path or None) if check else None
+        found = "the model in memory"
+    else:
+        arguments = {key: value for key, value in hub.items() if key in (*HUB_ARGUMENTS, "device_map")}
+        other = llm_kwargs.pop("name_or_path", None)
+        if other is None and config.llm_in_checkpoint:
+            name = os.fspath(checkpoint)
+            subfolder = "/".join(part for part in (hub.get("subfolder"), LLM_SUBFOLDER) if part)
+            arguments |= {"revision": hub.get("revision"), "subfolder": subfolder}
+        else:
+            name = other or config.llm_name_or_path
+            if name is None:
+                raise ValueError(
+                    "The checkpoint names no LLM: it was composed of a model in memory. Pass that model with "
+                    "`llm_model=`, a local copy with `llm_name_or_path=`, or go without it with `load_llm=False`."
+                )
+            if other is None or other == config.llm_name_or_path:
+                arguments["revision"] = config.llm_revision
+            arguments["subfolder"] = config.llm_subfolder
+        arguments |= {"dtype": config.llm_dtype or "auto"} | llm_kwargs
+        arguments = {key: value for key, value in arguments.items() if value not in (None, "")}
+        llm = _load_checked(config, name, arguments)
+        fingerprint = llm_fingerprint(llm, name, **arguments) if check else None
+        found = repr(name)
+    if check and config.llm_fingerprint is not None and fingerprint != config.llm_fingerprint:
+        raise ValueError(
+            f"The LLM is not the one this model was trained with: expected weights of {config.llm_name_or_path!r} with "
+            f"fingerprint {config.llm_fingerprint}, found {found} with {fingerprint or 'none that can be read'}. Pass the "
+            "right LLM with `llm_name_or_path=`, `llm_revision=` or `llm_model=`, or accept this one with "
+            "`llm_check_fingerprint=False`."
+        )
+    model.model.attach_llm(llm)
+
+
+def _load_checked(config: LLM2SLMConfig, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
+    where = {key: value for key, value in arguments.items() if key in (*HUB_ARGUMENTS, "revision", "subfolder")}
+    try:
+        llm_config = AutoConfig.from_pretrained(name, **where)
+    except (OSError, ValueError):
+        return load_llm(name, **arguments)  # says what is wrong, and what to do
+    check_llm_config(config, llm_config, repr(name))
+    return load_llm(name, config=llm_config, **arguments)
+
+
+def check_llm_config(config: LLM2SLMConfig, llm_config: PreTrainedConfig, found: str) -> None:
+    """Raise a `ValueError` if an LLM has not the architecture that the checkpoint was trained with."""
+    expected, given = encoder_text_config(config.llm_config), encoder_text_config(llm_config)
+    for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        if getattr(expected, name, None) != getattr(given, name, None):
+            raise ValueError(
+                f"The LLM is not the one this model was trained with: expected `{name}` "
+                f"{getattr(expected, name, None)!r} ({config.llm_name_or_path!r}), found {getattr(given, name, None)!r} "
+                f"({found}). Pass the right LLM with `llm_name_or_path=` or `llm_model=`."
+            )

@@ -1,0 +1,110 @@
+"""Rows for the command line: files and hub data sets, through `datasets`, as the columns `prompt` and `completion`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .evaluation import require_extra
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# File name endings and the builders of `datasets` that read them.
+FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".jsonl.gz": "json",
+    ".json.gz": "json",
+    ".csv": "csv",
+    ".csv.gz": "csv",
+    ".parquet": "parquet",
+}
+
+
+def load_rows(
+    file: Path | None = None,
+    *,
+    dataset: str | None = None,
+    dataset_config: str | None = None,
+    split: str = "train",
+    prompt_column: str = "prompt",
+    completion_column: str | None = "completion",
+    max_rows: int | None = None,
+    **hub: Any,
+) -> Dataset:
+    """
+    Rows of text from a local file or a data set of the hub.
+
+    Args:
+        file (`Path`, *optional*): JSON lines, JSON or CSV (also with .gz), or Parquet.
+        dataset, dataset_config, split (`str`, *optional*): A data set, its configuration and its split, in place of a
+            file.
+        prompt_column, completion_column (`str`): The columns to take; `translation.de` takes `de` of the column
+            `translation`. `completion_column=None` takes prompts only.
+        max_rows (`int`, *optional*): Only so many rows, from the first.
+        hub: `token`, `cache_dir` ... for the data set.
+
+    Returns:
+        `datasets.Dataset` with the columns `prompt` and, unless not wanted, `completion`, both of text.
+
+    Raises:
+        ValueError: for a file of another kind, a column that there isn't, or a row without text.
+        OSError: for a file that there isn't.
+    """
+    require_extra("train", "datasets")
+    if (file is None) == (dataset is None):
+        raise ValueError("Give either a file or `--dataset`, and not both.")
+    rows = _read_file(file) if file is not None else _read_hub(str(dataset), dataset_config, split, hub)
+    source = str(file or dataset)
+    if max_rows is not None:
+        rows = rows.select(range(min(max_rows, len(rows))))
+    if len(rows) == 0:
+        raise ValueError(f"{source} holds no rows.")
+
+    columns = {"prompt": prompt_column} | ({"completion": completion_column} if completion_column else {})
+    if any(column not in rows.column_names for column in columns.values()):
+        rows = rows.flatten()
+    for name, column in columns.items():
+        if column not in rows.column_names:
+            raise ValueError(
+                f"{source} has no column {column!r}; its columns are {', '.join(rows.column_names)}: choose one with "
+                f"`--{name}-column`."
+            )
+        if (kind := getattr(rows.features[column], "dtype", "no text")) not in ("string", "large_string"):
+            raise ValueError(f"The column {column!r} of {source} must be text, found {kind}.")
+    rows = rows.select_columns(list(columns.values())).rename_columns({c: name for name, c in columns.items()})
+    _check_text(rows, source)
+    return rows
+
+
+def _read_file(file: Path) -> Dataset:
+    import datasets
+
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {str(file)!r}.")
+    kind = next((kind for ending, kind in FORMATS.items() if file.name.lower().endswith(ending)), None)
+    if kind is None:
+        raise ValueError(f"Can't tell what {str(file)!r} is: its name must end in one of {', '.join(FORMATS)}.")
+    # "NA" and "None" are words like any other.
+    options = {"keep_default_na": False} if kind == "csv" else {}
+    try:
+        return datasets.load_dataset(kind, data_files=str(file), split="train", **options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{str(file)!r} can't be read as {kind}: {error.__cause__ or error}") from error
+
+
+def _read_hub(dataset: str, dataset_config: str | None, split: str, hub: dict[str, Any]) -> Dataset:
+    import datasets
+
+    hub = {key: value for key, value in hub.items() if key in ("token", "cache_dir") and value is not None}
+    return datasets.load_dataset(dataset, dataset_config, split=split, **hub)
+
+
+def _check_text(rows: Dataset, source: str) -> None:
+    """Raise a `ValueError` for a row without a prompt (of more than white space) or without a completion."""
+    for start in range(0, len(rows), 1000):
+        for name, texts in rows[start : start + 1000].items():
+            for index, text in enumerate(texts, start=start):
+                if text is None or (name == "prompt" and not text.strip()):
+                    raise ValueError(f"Row {index} of {source} (the first is 0) has no {name}: leave such rows out.")

@@ -1,0 +1,261 @@
+"""What `llm2slm info` tells: what a checkpoint is made of, from its configs and the headers of its files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig
+from .loading import llm_class
+from .modeling_llm2slm import LLM2SLMForConditionalGeneration
+from .processing_llm2slm import LLM2SLMProcessor
+
+# Names in safetensors headers and in torch.
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8", "U8": "uint8"}
+# What is fetched of a hub repository.
+CHECKPOINT_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
+
+
+def checkpoint_info(name_or_path: str, **hub: Any) -> dict[str, Any]:
+    """
+    What a checkpoint is made of. The LLM's weights are not loaded: its parameters are counted on the meta device.
+
+    Args:
+        name_or_path (`str`): Local folder or hub id of the checkpoint.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Returns:
+        `dict`: `parts` (`llm`, `projector`, `slm`, each with class, parameters, dtype, source, revision and bytes),
+        `total`, and what the configuration says of fusion, layers, projector and tokenizers. Plain values, for JSON.
+
+    Raises:
+        ValueError: if it is no checkpoint of this kind.
+        OSError: if there is none, or it has no weights.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        ignored = [f"{LLM_SUBFOLDER}/*", "checkpoint-*/*"]
+        folder = Path(snapshot_download(name_or_path, allow_patterns=CHECKPOINT_FILES, ignore_patterns=ignored, **hub))
+    kind = LLM2SLMConfig.get_config_dict(folder)[0].get("model_type")
+    if kind != LLM2SLMConfig.model_type:
+        raise ValueError(
+            f"{name_or_path!r} is no LLM-to-SLM model: its config has the `model_type` {kind!r}. Compose one with "
+            "`llm2slm compose`."
+        )
+    config = LLM2SLMConfig.from_pretrained(folder)
+    tensors = _headers(folder.glob("*.safetensors"))
+    if not tensors:
+        raise OSError(f"{name_or_path!r} holds no *.safetensors files, so there are no weights to tell of.")
+    with torch.device("meta"):
+        llm = llm_class(config.llm_config)(copy.deepcopy(config.llm_config))
+        model = LLM2SLMForConditionalGeneration(copy.deepcopy(config))
+    llm_files = _headers((folder / LLM_SUBFOLDER).glob("*.safetensors")) if config.llm_in_checkpoint else {}
+    parts = {
+        "llm": {
+            "class": type(llm).__name__,
+            "parameters": sum(parameter.numel() for parameter in llm.parameters()),
+            "trainable": False,
+            "dtype": config.llm_dtype or "as stored",
+            "source": config.llm_name_or_path,
+            "revision": config.llm_revision,
+            "fingerprint": config.llm_fingerprint,
+            "source_bytes": _source_bytes(config, hub),
+            "checkpoint_bytes": sum(
+                t["bytes"] for t in _headers((folder / LLM_SUBFOLDER).glob("*.safetensors")).values()
+            )
+            if config.llm_in_checkpoint
+            else 0,
+        }
+    }
+    for name, module in (("projector", model.projector), ("slm", model.slm)):
+        parts[name] = _checkpoint_part(f"model.{name}.", module, tensors)
+    parts["slm"] |= {"source": config.slm_name_or_path, "revision": config.slm_revision}
+    return {
+        "checkpoint": str(name_or_path),
+        "fusion": config.fusion,
+        "llm_layer": config.llm_layer,
+        "llm_num_layers": config.num_llm_layers,
+        "llm_in_checkpoint": config.llm_in_checkpoint,
+        "slm_encoder": config.slm_encoder if config.slm_config.is_encoder_decoder else None,
+        "slm_layers": config.slm_layers,
+        "projector": {
+            "widths": [layer.in_features for layer in model.projector.layers] + [config.slm_hidden_size],
+            "activation": config.projector_activation,
+            "norm": config.projector_norm,
+            "residual": config.projector_residual,
+            "init": config.projector_init,
+        },
+        "tokenizers": _tokenizers(folder),
+        "parts": parts,
+        "total": {
+            "parameters": sum(part["parameters"] for part in parts.values()),
+            "trainable_parameters": sum(part["parameters"] for part in parts.values() if part["trainable"]),
+            "checkpoint_bytes": sum(part["checkpoint_bytes"] for part in parts.values()),
+        },
+    }
+
+
+def _headers(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Number of elements, bytes and dtype of every tensor in safetensors files, from their headers."""
+    tensors = {}
+    for file in sorted(files):
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            text = opened.read(length) if 0 < length < file.stat().st_size else b""
+        try:
+            header = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{str(file)!r} is no safetensors file, or a broken one: write it again.") from error
+        header.pop("__metadata__", None)
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        if file.stat().st_size != 8 + length + end:
+            raise ValueError(
+                f"{str(file)!r} is {file.stat().st_size} bytes long, expected {8 + length + end}: it is cut."
+            )
+        for key, tensor in header.items():
+            start, stop = tensor["data_offsets"]
+            tensors[key] = {"numel": math.prod(tensor["shape"]), "bytes": stop - start, "dtype": tensor["dtype"]}
+    return tensors
+
+
+def _source_bytes(config: LLM2SLMConfig, hub: dict[str, Any]) -> int | None:
+    """Size of the weight files that the checkpoint names as its LLM; `None` if they are not on this machine."""
+    if (source := config.llm_name_or_path) is None:
+        return None
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            found = snapshot_download(
+                str(source), revision=config.llm_revision, cache_dir=hub.get("cache_dir"), local_files_only=True
+            )
+        except (OSError, ValueError):
+            return None
+        folder = Path(found)
+    return sum(file.stat().st_size for file in (folder / config.llm_subfolder).glob("*.safetensors")) or None
+
+
+def _checkpoint_part(prefix: str, module: nn.Module, tensors: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A part that the checkpoint holds: as its class says, and as the files say."""
+    held = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    names = {prefix + name for name, _ in module.named_parameters(remove_duplicate=False)}
+    found = sum(tensor["numel"] for key, tensor in held.items() if key in names)
+    dtypes = sorted({DTYPES.get(tensor["dtype"], tensor["dtype"].lower()) for tensor in held.values()})
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    return {
+        "class": type(module).__name__,
+        "parameters": parameters,
+        "missing_parameters": parameters - found,
+        "trainable": True,
+        "dtype": " ".join(dtypes) or None,
+        "checkpoint_bytes": sum(tensor["bytes"] for tensor in held.values()),
+    }
+
+
+def _tokenizers(folder: Path) -> dict[str, Any] | None:
+    """Classes and sizes of the tokenizers; `None` for a checkpoint without a processor."""
+    if not (folder / "processor_config.json").is_file():
+        return None
+    processor = LLM2SLMProcessor.from_pretrained(folder)
+    tokenizers = {"llm": processor.llm_tokenizer, "slm": processor.tokenizer}
+    return {
+        "shared": processor.shared_tokenizer,
+        "max_prompt_length": processor.max_prompt_length,
+        **{name: {"class": type(part).__name__, "tokens": len(part)} for name, part in tokenizers.items()},
+    }
+
+
+# The table ---------------------------------------------------------------------------------------------------------------
+def show_info(info: dict[str, Any], console: Console) -> None:
+    """Print what [`checkpoint_info`] tells, fit for 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in ("part", "class"):
+        table.add_column(name, overflow="fold")
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("training")
+    table.add_column("dtype")
+    table.add_column("on disk", justify="right", no_wrap=True)
+    for name, part in info["parts"].items():
+        size = format_bytes(part["checkpoint_bytes"]) if part["checkpoint_bytes"] else "-"
+        table.add_row(
+            name,
+            part["class"],
+            f"{part['parameters']:,}",
+            "trainable" if part["trainable"] else "frozen",
+            part["dtype"] or "-",
+            size,
+            end_section=name == "slm",
+        )
+    total = info["total"]
+    share = f"{total['trainable_parameters'] / total['parameters']:.0%}"
+    table.add_row(
+        "total", "", f"{total['parameters']:,}", share, "", format_bytes(total["checkpoint_bytes"]), style="bold"
+    )
+    console.print(table)
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(no_wrap=True)
+    lines.add_column(overflow="fold")
+    for name, value in _lines(info):
+        lines.add_row(name, Text(value))
+    console.print(lines)
+
+
+def _lines(info: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """What stands below the table, as name and value."""
+    llm, slm, projector = info["parts"]["llm"], info["parts"]["slm"], info["projector"]
+    where = f"{format_bytes(llm['source_bytes'])} on this machine" if llm["source_bytes"] else "not on this machine"
+    if info["llm_in_checkpoint"]:
+        where = "in the checkpoint"
+    yield "llm", f"{_source(llm, 'a model in memory')} ({where})"
+    if info["slm_layers"] is not None:
+        yield "slm", f"cut from the LLM, layers {', '.join(map(str, info['slm_layers']))}"
+    else:
+        yield "slm", _source(slm, "a model in memory")
+    fusion = info["fusion"] + (f", slm_encoder {info['slm_encoder']}" if info["slm_encoder"] else "")
+    yield "fusion", fusion
+    layers = info["llm_layer"] if isinstance(info["llm_layer"], list) else [info["llm_layer"]]
+    mixed = ", a learned mix" if isinstance(info["llm_layer"], list) else ""
+    yield "llm_layer", f"{', '.join(map(str, layers))} of {info['llm_num_layers']}{mixed}"
+    text = f" -> {projector['activation']} -> ".join(
+        f"Linear({i}, {o})" for i, o in zip(projector["widths"], projector["widths"][1:], strict=False)
+    )
+    text += f", norm {projector['norm']}, init {projector['init']}" + (", residual" if projector["residual"] else "")
+    yield "projector", text
+    yield "tokenizers", _tokenizer_line(info["tokenizers"])
+    for name, part in info["parts"].items():
+        if part.get("missing_parameters"):
+            yield "INCOMPLETE", f"the files lack {part['missing_parameters']:,} of the parameters of {name}"
+
+
+def _source(part: dict[str, Any], otherwise: str) -> str:
+    revision = f" @ {part['revision']}" if part["revision"] else ""
+    return f"{part['source']}{revision}" if part["source"] else otherwise
+
+
+def _tokenizer_line(tokenizers: dict[str, Any] | None) -> str:
+    if tokenizers is None:
+        return "none in the checkpoint: save a processor beside the model"
+    llm, slm = (f"{tokenizers[name]['class']}, {tokenizers[name]['tokens']:,} tokens" for name in ("llm", "slm"))
+    text = f"one: {slm}" if tokenizers["shared"] else f"LLM {llm}; SLM {slm}"
+    limit = tokenizers["max_prompt_length"]
+    return text + (f"; prompts up to {limit:,}" if limit else "")
+
+
+def format_bytes(size: float) -> str:
+    """Bytes as people read them: `1.5 MB` is 1,500,000 bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
