@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig, encoder_text_config
 from .loading import HUB_ARGUMENTS, adopt_llm, llm_fingerprint, load_llm
@@ -96,7 +97,10 @@ def attach_pretrained_llm(
             if other is None or other == config.llm_name_or_path:
                 arguments["revision"] = config.llm_revision
             arguments["subfolder"] = config.llm_subfolder
-        arguments |= {"dtype": config.llm_dtype or "auto"} | llm_kwargs
+        arguments["dtype"] = config.llm_dtype or "auto"
+        if config.llm_quantization_config is not None:
+            arguments["quantization_config"] = AutoQuantizationConfig.from_dict(config.llm_quantization_config)
+        arguments |= llm_kwargs
         arguments = {key: value for key, value in arguments.items() if value not in (None, "")}
         llm = _load_checked(config, name, arguments)
         fingerprint = llm_fingerprint(llm, name, **arguments) if check else None

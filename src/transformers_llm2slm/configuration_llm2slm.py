@@ -76,6 +76,8 @@ class LLM2SLMConfig(PreTrainedConfig):
         llm_subfolder (`str`, defaults to `""`): Subfolder of that repository.
         llm_fingerprint (`str`, *optional*): Fingerprint of the LLM's weights, see [`weights_fingerprint`].
         llm_dtype (`str`, *optional*): dtype the LLM is loaded in, e.g. `"bfloat16"`; `None` is as stored.
+        llm_quantization_config (`dict`, *optional*): How the LLM is quantised when it is loaded, if it was when the
+            model was composed.
         llm_in_checkpoint (`bool`, defaults to `False`): Whether the checkpoint holds the LLM in its `llm/` subfolder.
         slm_name_or_path (`str`, *optional*), slm_revision (`str`, *optional*): Where the SLM came from (for the record).
 
@@ -108,6 +110,7 @@ class LLM2SLMConfig(PreTrainedConfig):
     llm_subfolder: str = ""
     llm_fingerprint: str | None = None
     llm_dtype: Any = None
+    llm_quantization_config: dict | None = None
     llm_in_checkpoint: bool = False
     slm_name_or_path: str | os.PathLike | None = None
     slm_revision: str | None = None

@@ -52,7 +52,12 @@ def fit_projector(
 
     Returns:
         `float`: The share of the goals' variance that the fit explains (R squared), on the same prompts.
+
+    Raises:
+        ValueError: if there are no prompts, or no such goals.
     """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"`prompts` must be a list of texts to fit to, a few hundred of them, got {prompts!r:.80}.")
     slm = model.slm if slm is None else slm
     projector = model.projector
     last: nn.Linear = projector.layers[-1]  # type: ignore[assignment]
@@ -132,6 +137,11 @@ def _slm_states(slm: PreTrainedModel, input_ids: torch.Tensor, target: str | int
     if not isinstance(target, int):
         raise ValueError(f'`target` must be "embeddings" or the index of a layer of the SLM, got {target!r}.')
     part = reader(slm)
+    if slm.config.is_encoder_decoder and part is not slm.get_encoder():
+        raise ValueError(
+            f"`target={target}` asks for the states of the SLM's encoder, but the encoder of this SLM was dropped "
+            '(`slm_encoder="skip"`). Pass the whole SLM as `slm=`, or take `target="embeddings"`.'
+        )
     kwargs = {"use_cache": False} if accepts(part.forward, "use_cache") else {}
     states = part(input_ids=input_ids, output_hidden_states=True, return_dict=True, **kwargs).hidden_states
     if not -len(states) <= target < len(states):

@@ -168,6 +168,12 @@ def llm_fingerprint(llm: PreTrainedModel, name_or_path: str | None = None, **kwa
     return fingerprint_of_files([name for name, _ in skeleton.named_parameters()], _weight_files(name_or_path, kwargs))
 
 
+def quantization_of(llm: PreTrainedModel) -> dict[str, Any] | None:
+    """How an LLM was quantised while it was loaded; `None` if it was not, or if its repository holds it quantised."""
+    quantizer = getattr(llm, "hf_quantizer", None)
+    return None if quantizer is None or quantizer.pre_quantized else quantizer.quantization_config.to_dict()
+
+
 def _without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):

@@ -74,11 +74,10 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # The SLM initialises itself: it is a PreTrainedModel of its own.
-        if isinstance(module, LLM2SLMProjector):
-            module.reset_parameters(self.config.projector_init)
+        # The SLM is a PreTrainedModel of its own and initialises itself, and so does the projector: of a model outside
+        # its own source, transformers leaves out every module without parameters of its own (`_initialize_weights`).
+        pass
 
     @property
     def dtype(self) -> torch.dtype:

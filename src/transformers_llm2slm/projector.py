@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import initialization as init
+from torch.nn import init
 from transformers.activations import ACT2FN
 
 from .configuration_llm2slm import LLM2SLMConfig
@@ -34,6 +34,7 @@ class LLM2SLMProjector(nn.Module):
         self.activation = ACT2FN[config.projector_activation]
         self.residual = config.projector_residual
         self.embed_projection = nn.Linear(llm_size, slm_size) if config.fusion == "llm-embed" else None
+        self.reset_parameters(config.projector_init)
 
     def mix(self, llm_states: torch.Tensor) -> torch.Tensor:
         """The (weighted) state of each token, `(batch_size, prompt_length, llm_hidden_size)`."""
@@ -57,6 +58,7 @@ class LLM2SLMProjector(nn.Module):
             projected = projected + self.embed_projection(llm_states[:, :, -1].to(projected.dtype))
         return projected
 
+    @torch.no_grad()
     def reset_parameters(self, kind: str) -> None:
         """Initialise: `"random"` (also the start of a fit), or `"zero"` and `"identity"` with a last layer of zeros."""
         for layer in self.layers:

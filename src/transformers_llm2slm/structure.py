@@ -159,12 +159,13 @@ def check_can_write(slm: PreTrainedModel) -> None:
     finally:
         slm.train(was_training)
     scale = max(from_ids.abs().max().item(), 1e-3)
-    if (difference := (from_ids - from_embeds).abs().max().item()) > 0.05 * scale:
+    tolerance = scale * (1e-3 if from_ids.dtype is torch.float32 else 0.05)
+    if (difference := (from_ids - from_embeds).abs().max().item()) > tolerance:
         raise ValueError(
             f"{name} can't be the SLM: its logits from `inputs_embeds` differ from those from `input_ids` by "
             f"{difference:.3g} (largest logit {scale:.3g}), so it can't take a prompt as embeddings. Choose another SLM."
         )
-    if causal and (from_ids - ahead)[:, :-1].abs().max().item() > 0.05 * scale:
+    if causal and (from_ids - ahead)[:, :-1].abs().max().item() > tolerance:
         raise ValueError(
             f"{name} can't be the SLM: its logits depend on later tokens (`is_decoder` is "
             f"{getattr(slm.config, 'is_decoder', None)}). Set `is_decoder=True` in its config or choose a causal SLM."

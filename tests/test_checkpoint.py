@@ -1,0 +1,256 @@
+"""Checkpoints: the LLM by exact reference, errors that say what was expected, found and to be done."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+import torch
+from conftest import PROMPTS, Pair
+from transformers import AutoModel, AutoModelForCausalLM
+
+from transformers_llm2slm import LLM2SLMForConditionalGeneration
+from transformers_llm2slm.checkpoint import is_checkpoint_key
+
+load = LLM2SLMForConditionalGeneration.from_pretrained
+
+
+@pytest.fixture
+def checkpoint(zoo, tmp_path):
+    """A checkpoint whose LLM is a copy of its own, so that a test may spoil it."""
+    llm, slm = zoo.sources(Pair("llama", "t5", "replace"))
+    shutil.copytree(llm, tmp_path / "llm-repository")
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+        str(tmp_path / "llm-repository"), slm, fusion="replace"
+    )
+    model.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def spoil(folder, change):
+    """Load the LLM of a folder, change it, save it again."""
+    llm = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        change(llm)
+    llm.save_pretrained(folder)
+
+
+def test_is_checkpoint_key():
+    assert is_checkpoint_key("projector.layers.0.weight") and is_checkpoint_key("slm.lm_head.weight")
+    assert not is_checkpoint_key("llm.layers.0.weight")
+
+
+def test_other_weights_under_the_same_name_are_refused(checkpoint):
+    """Changed as little as a fine-tuning does it: one value in a hundred of each matrix by one percent."""
+
+    def change(llm):
+        for parameter in llm.parameters():
+            parameter.flatten()[::97] *= 1.01
+
+    spoil(checkpoint.parent / "llm-repository", change)
+    message = (
+        r"The LLM is not the one this model was trained with: expected weights of .*llm-repository' with fingerprint "
+        r"bf16-sample:\w{32}, found .*llm-repository' with bf16-sample:\w{32}\. Pass the right LLM with `llm_name_or_path="
+    )
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint)
+    assert load(checkpoint, llm_check_fingerprint=False).llm is not None
+
+
+def test_llm_of_another_width_is_refused(checkpoint, zoo):
+    other = zoo.checkpoint("qwen3", "unigram", "llm")
+    with pytest.raises(
+        ValueError, match="trained with: expected `model_type` 'llama' .*, found 'qwen3' .*Pass the right"
+    ):
+        load(checkpoint, llm_name_or_path=other)
+    config_file = checkpoint.parent / "llm-repository" / "config.json"
+    config = json.loads(config_file.read_text()) | {"hidden_size": 64}
+    config_file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="expected `hidden_size` 48 .*, found 64 "):
+        load(checkpoint)
+
+
+def test_llm_checkpoint_that_lacks_weights_is_refused(checkpoint):
+    from safetensors.torch import load_file, save_file
+
+    file = checkpoint.parent / "llm-repository" / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match="does not hold the whole LLM LlamaModel: missing layers.1.mlp.up_proj.weight"
+    ):
+        load(checkpoint)
+
+
+def test_a_local_copy_a_model_in_memory_and_another_precision(checkpoint):
+    logits = load(checkpoint)(input_ids=torch.tensor([[5, 6]])).logits
+    moved = checkpoint.parent / "moved"
+    (checkpoint.parent / "llm-repository").rename(moved)
+    for arguments in (
+        {"llm_name_or_path": str(moved)},
+        {"llm_model": AutoModel.from_pretrained(moved)},
+        {"llm_model": AutoModelForCausalLM.from_pretrained(moved)},
+    ):
+        model = load(checkpoint, **arguments)
+        torch.testing.assert_close(model(input_ids=torch.tensor([[5, 6]])).logits, logits, rtol=0, atol=1e-6)
+    through_auto = AutoModel.from_pretrained(checkpoint, llm_name_or_path=str(moved), llm_dtype=torch.bfloat16)
+    assert through_auto.llm.dtype is torch.bfloat16 and through_auto.dtype is torch.float32
+    # float16 rounds otherwise than the fingerprint; it is then taken from the files.
+    assert load(checkpoint, llm_name_or_path=str(moved), llm_dtype=torch.float16).llm.dtype is torch.float16
+
+
+def test_load_llm_false(checkpoint):
+    shutil.rmtree(checkpoint.parent / "llm-repository")
+    model = load(checkpoint, load_llm=False)
+    assert model.llm is None
+    with pytest.raises(
+        ValueError, match=r"loaded without its LLM \(`load_llm=False`\).*`llm_hidden_states=`.*`prompt=`"
+    ):
+        model(input_ids=torch.tensor([[5, 6]]))
+    states = torch.randn(1, 2, 48)
+    assert model.generate(llm_hidden_states=states, max_new_tokens=3).shape[0] == 1
+
+
+def test_checkpoint_of_a_nameless_llm(zoo, tmp_path):
+    llm = AutoModelForCausalLM.from_config(
+        AutoModelForCausalLM.from_pretrained(zoo.checkpoint("llama", "bpe", "llm")).config
+    )
+    llm.name_or_path = ""
+    slm = zoo.checkpoint("t5", "bpe", "slm")
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm, fusion="replace")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="names no LLM: it was composed of a model in memory. Pass .*`llm_model=`"):
+        load(tmp_path)
+    assert load(tmp_path, llm_model=llm).llm is not None
+
+
+def test_incomplete_checkpoint_of_another_configuration(checkpoint):
+    config_file = checkpoint / "config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"projector_hidden_size": 8}))
+    with pytest.raises((ValueError, RuntimeError), match="size|shape"):
+        load(checkpoint, load_llm=False)
+
+
+def run(code: str, **environment: str) -> str:
+    """Run code in a fresh process and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers as the Hub does for a repository that is gated, and for one that is not there."""
+
+    def do_GET(self):
+        gated = "/gated" in self.path
+        self.send_response(403 if gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize(("name", "online"), [("org/gated", True), ("org/missing", True), ("org/offline", False)])
+def test_llm_that_can_not_be_reached(checkpoint, hub, name, online, tmp_path):
+    """Gated, not there, or offline: the error names the LLM and says how to pass a local copy."""
+    config_file = checkpoint / "config.json"
+    config = json.loads(config_file.read_text()) | {"llm_name_or_path": name, "llm_revision": "a" * 40}
+    config_file.write_text(json.dumps(config))
+    code = f"""
+        import transformers_llm2slm
+        from transformers import AutoModel
+        try:
+            AutoModel.from_pretrained({str(checkpoint)!r})
+        except OSError as error:
+            print(error)
+    """
+    settings = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0" if online else "1", "HF_HOME": str(tmp_path / "cache")}
+    printed = run(code, **settings)
+    assert f"The frozen LLM {name!r} (revision {'a' * 40}) could not be loaded" in printed
+    assert "Pass a local copy with `llm_name_or_path=`" in printed and "`load_llm=False`" in printed
+    if name == "org/gated":
+        assert "gated" in printed
+
+
+def test_loads_in_another_process(zoo, tmp_path):
+    """Import, AutoModel, AutoProcessor, pipeline: the same text as the model in memory, for one tokenizer and two."""
+    for pair in (Pair("t5", "t5", "add"), Pair("llama", "llama", "align")):
+        folder = tmp_path / pair.fusion
+        model, processor = zoo.compose(pair)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        inputs = processor(text=PROMPTS[0], return_tensors="pt")
+        expected = processor.decode(model.generate(**inputs, max_new_tokens=8)[0], skip_special_tokens=True)
+        printed = run(
+            f"""
+            import json, transformers_llm2slm
+            from transformers import AutoModel, AutoProcessor, pipeline
+            model = AutoModel.from_pretrained({str(folder)!r})
+            processor = AutoProcessor.from_pretrained({str(folder)!r})
+            inputs = processor(text={PROMPTS[0]!r}, return_tensors="pt")
+            text = processor.decode(model.generate(**inputs, max_new_tokens=8)[0], skip_special_tokens=True)
+            pipe = pipeline("text2text-generation", model={str(folder)!r})
+            print(json.dumps([text, pipe({PROMPTS[0]!r}, max_new_tokens=8)[0]["generated_text"]]))
+            """
+        )
+        assert json.loads(printed) == [expected, expected]
+
+
+def test_loading_takes_little_more_memory_than_the_parts(tmp_path):
+    """Peak memory over a process that only imports: at most 1.2 x the parts, and no decoder of an encoder-decoder LLM."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    big = T5Config(vocab_size=8000, d_model=512, d_ff=2048, num_layers=6, num_heads=8, decoder_start_token_id=0)
+    small = T5Config(vocab_size=8000, d_model=256, d_ff=1024, num_layers=4, num_heads=4, decoder_start_token_id=0)
+    T5ForConditionalGeneration(big).save_pretrained(tmp_path / "llm")
+    T5ForConditionalGeneration(small).save_pretrained(tmp_path / "slm")
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+        str(tmp_path / "llm"), str(tmp_path / "slm"), fusion="replace"
+    )
+    model.save_pretrained(tmp_path / "checkpoint")
+    printed = run(
+        f"""
+        import json
+        import torch, transformers_llm2slm
+        from transformers import AutoModel
+
+        def peak():
+            return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+        AutoModel.from_pretrained({str(tmp_path / "slm")!r})  # what transformers imports on its first load
+        before = peak()
+        model = AutoModel.from_pretrained({str(tmp_path / "checkpoint")!r})
+        touched = sum(float(p.sum()) for p in model.parameters())  # every page is read in
+        sizes = [sum(p.numel() * 4 for p in part.parameters()) for part in (model.llm, model.projector, model.slm)]
+        print(json.dumps([peak() - before, sizes]))
+        """
+    )
+    grown, (llm, projector, slm) = json.loads(printed)
+    assert llm < 0.5 * (tmp_path / "llm" / "model.safetensors").stat().st_size
+    assert grown <= 1.2 * (llm + projector + slm)

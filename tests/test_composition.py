@@ -1,0 +1,202 @@
+"""Composing: what is refused and why, what is chosen by default, models by name and in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FAMILIES, PROMPTS, RESPONSES, Pair
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertLMHeadModel,
+    ViTConfig,
+)
+
+from transformers_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from transformers_llm2slm.composition import tokenizers_equal
+
+compose = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained
+
+
+def test_unknown_fusion_names_the_choices(zoo):
+    llm, slm = zoo.sources(Pair("t5", "t5", "add"))
+    with pytest.raises(
+        ValueError, match="`fusion` must be one of 'add', 'replace', 'llm-embed', 'align', got 'concat'"
+    ):
+        compose(llm, slm, fusion="concat")
+
+
+def test_unknown_projector_init_names_the_choices(zoo):
+    llm, slm = zoo.sources(Pair("t5", "t5", "add"))
+    with pytest.raises(
+        ValueError, match="`projector_init` must be one of 'random', 'zero', 'identity', 'fit', got 'one'"
+    ):
+        compose(llm, slm, projector_init="one")
+
+
+def test_add_with_two_tokenizers_is_refused(zoo):
+    llm, slm = zoo.sources(Pair("t5", "t5", "align"))
+    message = r"must share one tokenizer; expected equal ones, found .* tokens and .* Use `fusion=\"align\"`"
+    with pytest.raises(ValueError, match=message):
+        compose(llm, slm, fusion="add")
+    with pytest.raises(ValueError, match=message):
+        LLM2SLMProcessor.from_llm_slm_pretrained(llm, slm, fusion="add")
+
+
+def test_default_fusion_follows_the_tokenizers(zoo):
+    assert compose(*zoo.sources(Pair("t5", "t5", "add"))).config.fusion == "add"
+    two = zoo.sources(Pair("t5", "t5", "align"))
+    assert compose(*two).config.fusion == "align"
+    assert compose(*two, slm_encoder="skip").config.fusion == "replace"
+
+
+def test_tokenizers_equal_needs_more_than_equal_vocabularies(zoo):
+    bpe = zoo.tokenizers["bpe"]
+    other = type(bpe)(tokenizer_object=type(bpe.backend_tokenizer).from_str(bpe.backend_tokenizer.to_str()))
+    assert tokenizers_equal(bpe, other)
+    from tokenizers import normalizers
+
+    other.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert bpe.get_vocab() == other.get_vocab() and not tokenizers_equal(bpe, other)
+    assert not tokenizers_equal(bpe, zoo.tokenizers["unigram"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"projector_init": "zero", "fusion": "replace"}, '`projector_init="zero"` needs `fusion="add"` or `"align"`'),
+        ({"projector_init": "fit"}, '`projector_init="fit"` needs `fit_prompts='),
+        (
+            {"projector_init": "identity"},
+            "`projector_residual=True` needs an LLM and an SLM of equal width, got 32 and 48",
+        ),
+        ({"slm_encoder": "skip"}, '`slm_encoder="skip"` needs an encoder-decoder SLM, got a decoder-only `llama`'),
+        ({"llm_layer": 9}, r"`llm_layer` must lie in \[-4, 3\] for an LLM of 3 layers, got 9"),
+        ({"slm_layers": 2}, "Give either an SLM, or `slm_layers` to cut one from the LLM, and not both"),
+        ({"fusoin": "add"}, r"got unknown argument\(s\) fusoin"),
+    ],
+)
+def test_impossible_options_are_refused(zoo, options, message):
+    llm, slm = zoo.sources(Pair("t5", "llama", "add"))
+    with pytest.raises(Exception, match=message):
+        compose(llm, slm, **options)
+
+
+def test_neither_slm_nor_layers(zoo):
+    with pytest.raises(ValueError, match="Give either an SLM, or `slm_layers`"):
+        compose(zoo.sources(Pair("t5", "t5", "add"))[0])
+
+
+def test_models_that_can_not_take_part_say_why(zoo, tmp_path):
+    llm, slm = zoo.sources(Pair("t5", "t5", "add"))
+    bert = zoo.checkpoint("mpnet", "bpe", "llm")
+    with pytest.raises(ValueError, match="`mpnet` model can't be the SLM: .*no `AutoModelForCausalLM`"):
+        compose(llm, bert)
+    vit = tmp_path / "vit"
+    AutoModel.from_config(
+        ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    ).save_pretrained(vit)
+    with pytest.raises(ValueError, match="ViTModel can't be the LLM: it reads `pixel_values`, not text"):
+        compose(str(vit), slm, fusion="replace")
+    looks_ahead = BertLMHeadModel(BertConfig(**FAMILIES["bert"]().to_diff_dict()))
+    with pytest.raises(
+        ValueError, match="can't be the SLM: its logits depend on later tokens .*Set `is_decoder=True`"
+    ):
+        compose(llm, looks_ahead, fusion="replace")
+
+
+def test_slm_checkpoint_without_its_head_is_refused(zoo, tmp_path):
+    body = AutoModel.from_config(FAMILIES["llama"]())
+    body.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not hold a whole SLM LlamaForCausalLM: missing lm_head.weight"):
+        compose(zoo.sources(Pair("t5", "t5", "add"))[0], str(tmp_path), fusion="replace")
+
+
+@pytest.mark.parametrize(
+    ("family", "auto", "parts"),
+    [
+        ("t5", AutoModelForSeq2SeqLM, {"shared", "encoder", "decoder"}),
+        ("bart", AutoModelForSeq2SeqLM, {"shared", "encoder", "decoder"}),
+        ("bert", AutoModelForMaskedLM, {"embeddings", "encoder"}),
+        ("llama", AutoModelForCausalLM, {"embed_tokens", "layers", "norm", "rotary_emb"}),
+    ],
+)
+@torch.no_grad()
+def test_llm_in_memory_is_the_llm_by_name(zoo, family, auto, parts):
+    """Given as an object, with whatever head, the LLM is the same reading part, shares its weights and is left as it was."""
+    folder = zoo.checkpoint(family, "bpe", "llm")
+    named = compose(folder, zoo.checkpoint("t5", "bpe", "slm"), fusion="replace")
+    whole = auto.from_pretrained(folder)
+    keys = set(whole.state_dict())
+    slm = AutoModelForSeq2SeqLM.from_pretrained(zoo.checkpoint("t5", "bpe", "slm"))
+    torch.manual_seed(0)
+    model = compose(whole, slm, fusion="replace")
+    assert {name for name, _ in model.llm.named_children()} == parts
+    assert model.config.llm_fingerprint == named.config.llm_fingerprint
+    assert set(whole.state_dict()) == keys
+    shared = {p.data_ptr() for p in whole.parameters()}
+    assert all(p.data_ptr() in shared for p in model.llm.parameters())
+    ids = torch.tensor([[5, 6, 7, 2]])
+    mask = torch.ones_like(ids)
+    torch.testing.assert_close(model.model.llm_states(ids, mask), named.model.llm_states(ids, mask))
+
+
+@torch.no_grad()
+def test_composing_leaves_both_models_as_they_are(zoo):
+    """Bit for bit: neither LLM nor SLM is initialised anew."""
+    llm, slm = zoo.sources(Pair("bart", "llama", "replace"))
+    model = compose(llm, slm, fusion="replace")
+    for part, original in (
+        (model.slm, AutoModelForCausalLM.from_pretrained(slm)),
+        (model.llm, AutoModel.from_pretrained(llm)),
+    ):
+        expected = dict(original.named_parameters())
+        for name, parameter in part.named_parameters():
+            assert torch.equal(parameter, expected[name]), name
+
+
+def test_encoder_decoder_llm_keeps_no_decoder(zoo):
+    for family in ("t5", "bart", "t5gemma"):
+        folder = zoo.checkpoint(family, "bpe", "llm")
+        model = compose(folder, zoo.checkpoint("t5", "bpe", "slm"), fusion="replace")
+        names = [name for name, _ in model.llm.named_parameters()]
+        assert names and not any("decoder" in name for name in names)
+        with pytest.raises(RuntimeError, match="The LLM's decoder was dropped when the model was composed"):
+            model.llm.get_decoder()(input_ids=torch.tensor([[1]]))
+
+
+def test_arguments_reach_the_part_they_name(zoo):
+    llm, slm = zoo.sources(Pair("llama", "t5", "replace"))
+    model = compose(llm, slm, fusion="replace", dtype=torch.bfloat16, slm_dtype=torch.float32)
+    assert model.llm.dtype is torch.bfloat16 and model.slm.dtype is torch.float32
+    model = compose(llm, slm, fusion="replace", llm_attn_implementation="eager")
+    assert model.llm.config._attn_implementation == "eager"
+    assert model.slm.config._attn_implementation == "sdpa"
+
+
+def test_provenance_is_recorded(zoo):
+    llm, slm = zoo.sources(Pair("llama", "t5", "replace"))
+    config = compose(llm, slm, fusion="replace").config
+    assert (config.llm_name_or_path, config.slm_name_or_path) == (llm, slm)
+    assert config.llm_dtype == "float32" and config.llm_fingerprint.startswith("bf16-sample:")
+    assert config.llm_config.to_diff_dict()["model_type"] == "llama" and config.slm_config.model_type == "t5"
+
+
+def test_trained_model_generates_what_it_learned(zoo):
+    """The whole of it: composed, trained by hand to memorise three answers, it writes them."""
+    for pair in (Pair("bert", "t5", "align"), Pair("t5", "llama", "replace")):
+        model, processor = zoo.compose(pair)
+        batch = processor(text=PROMPTS, text_target=RESPONSES, padding=True, return_tensors="pt")
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(180):
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert loss.item() < 0.1
+        inputs = processor(text=PROMPTS, padding=True, return_tensors="pt")
+        written = processor.batch_decode(model.generate(**inputs, max_new_tokens=40), skip_special_tokens=True)
+        assert [text.strip() for text in written] == RESPONSES
