@@ -12,6 +12,10 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BertConfig,
     BertLMHeadModel,
+    FNetConfig,
+    FNetModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
     ViTConfig,
 )
 
@@ -106,6 +110,20 @@ def test_models_that_can_not_take_part_say_why(zoo, tmp_path):
         ValueError, match="can't be the SLM: its logits depend on later tokens .*Set `is_decoder=True`"
     ):
         compose(llm, looks_ahead, fusion="replace")
+
+
+def test_models_that_padding_confuses_are_refused(zoo):
+    """FNet mixes all positions and RecurrentGemma runs through them, so padding would change a prompt's answer."""
+    llm, slm = zoo.sources(Pair("t5", "t5", "add"))
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "pad_token_id": 0}
+    fnet = FNetModel(FNetConfig(num_hidden_layers=1, **sizes))
+    with pytest.raises(ValueError, match="FNetModel can't be the LLM: its states change with padding"):
+        compose(fnet, slm, fusion="replace")
+    recurrent = RecurrentGemmaForCausalLM(
+        RecurrentGemmaConfig(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, lru_width=32, **sizes)
+    )
+    with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM can't be the SLM: its logits change with padding"):
+        compose(llm, recurrent, fusion="replace")
 
 
 def test_slm_checkpoint_without_its_head_is_refused(zoo, tmp_path):

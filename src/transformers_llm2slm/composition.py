@@ -28,7 +28,7 @@ from .loading import (
     slm_auto_class,
     take_prefixed,
 )
-from .structure import check_can_write
+from .probes import check_can_read, check_can_write
 
 if TYPE_CHECKING:
     from .modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -108,6 +108,7 @@ def compose(
         dtype=slm_model.dtype,
         **fields,
     )
+    check_can_read(llm_model, config.llm_hidden_size)
     # A fit takes its goals from the SLM's encoder too, which "skip" drops.
     whole_slm = copy.deepcopy(slm_model) if config.slm_encoder == "skip" and projector_init == "fit" else slm_model
     generation_config = slm_model.generation_config

@@ -1,0 +1,105 @@
+"""Probes: short forward passes, made once when a model is composed, that tell whether a model can take its part at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .structure import accepts, embed_tokens, reader
+
+PADDING = 2
+
+
+@contextmanager
+def eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _some_tokens(embedding: Any) -> torch.Tensor:
+    """Six tokens `(1, 6)` that any vocabulary has."""
+    return torch.arange(3, 9, device=embedding.weight.device)[None] % embedding.weight.shape[0]
+
+
+def _differ(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two results differ by more than rounding."""
+    tolerance = 1e-3 if first.dtype is torch.float32 else 0.05
+    return (first - second).abs().max().item() > tolerance * max(first.abs().max().item(), 1e-3)
+
+
+@torch.no_grad()
+def check_can_read(llm: PreTrainedModel, hidden_size: int) -> None:
+    """
+    Raise a `ValueError` that says why, if `llm` can't be the LLM: its states must have the width that its configuration
+    tells, and must not depend on padding behind the prompt. Two forward passes over at most eight tokens.
+    """
+    name = type(llm).__name__
+    body = llm.get_encoder() if llm.config.is_encoder_decoder else llm
+    ids = _some_tokens(body.get_input_embeddings())
+    padded = torch.cat([ids, ids[:, :PADDING]], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, -PADDING:] = 0
+    with eval_mode(llm):
+        alone = body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        in_batch = body(input_ids=padded, attention_mask=mask).last_hidden_state[:, : ids.shape[1]]
+    if alone.shape[-1] != hidden_size:
+        raise ValueError(
+            f"{name} can't be the LLM: its states are {alone.shape[-1]} wide, but its configuration says {hidden_size}."
+        )
+    if _differ(alone, in_batch):
+        raise ValueError(
+            f"{name} can't be the LLM: its states change with padding that the attention mask marks, so a prompt would "
+            "mean something else in each batch. Choose another LLM."
+        )
+
+
+@torch.no_grad()
+def check_can_write(slm: PreTrainedModel) -> None:
+    """
+    Raise a `ValueError` that says why, if `slm` can't continue from a prompt that is given as embeddings: its logits must
+    be the same from `input_ids` and from `inputs_embeds`; those of a decoder-only SLM must depend neither on later
+    tokens nor on padding before the prompt. Two to four forward passes over at most eight tokens.
+    """
+    name = type(slm).__name__
+    causal = not slm.config.is_encoder_decoder
+    if not accepts(slm.forward, "inputs_embeds"):
+        raise ValueError(f"{name} can't be the SLM: its `forward` takes no `inputs_embeds`. Choose another SLM.")
+    if causal and not accepts(slm.prepare_inputs_for_generation, "inputs_embeds"):
+        raise ValueError(f"{name} can't be the SLM: its `generate` takes no `inputs_embeds`. Choose another SLM.")
+    ids = _some_tokens(reader(slm).get_input_embeddings())
+    extra = {} if causal else {"decoder_input_ids": ids[:, :2]}
+    with eval_mode(slm):
+        expected = slm(input_ids=ids, **extra).logits
+        if _differ(expected, slm(inputs_embeds=embed_tokens(slm, ids), **extra).logits):
+            raise ValueError(
+                f"{name} can't be the SLM: its logits from `inputs_embeds` are not those from `input_ids`, so it can't "
+                "take a prompt as embeddings. Choose another SLM."
+            )
+        if not causal:
+            return
+        other_end = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+        if _differ(expected[:, :-1], slm(input_ids=other_end).logits[:, :-1]):
+            raise ValueError(
+                f"{name} can't be the SLM: its logits depend on later tokens (`is_decoder` is "
+                f"{getattr(slm.config, 'is_decoder', None)}). Set `is_decoder=True` in its config or choose a causal SLM."
+            )
+        padded = torch.cat([ids[:, :PADDING], ids], dim=1)
+        mask = torch.ones_like(padded)
+        mask[:, :PADDING] = 0
+        positions = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
+        positions = positions if accepts(slm.forward, "position_ids") else {}
+        in_batch = slm(inputs_embeds=embed_tokens(slm, padded), attention_mask=mask, **positions).logits
+        if _differ(expected, in_batch[:, PADDING:]):
+            raise ValueError(
+                f"{name} can't be the SLM: its logits change with padding that the attention mask marks, so an answer "
+                "would depend on the other prompts of its batch. Choose another SLM."
+            )
