@@ -196,15 +196,13 @@ _PROBES = (
 
 
 def tokenizers_equal(first: Any, second: Any) -> bool:
-    """Whether two tokenizers turn every text into the same tokens: equal vocabularies, equal tokens on probe texts."""
+    """Whether two tokenizers turn every text into the same tokens, special ones included: equal vocabularies, and equal
+    tokens on probe texts."""
     if first is second:
         return True
     if first.get_vocab() != second.get_vocab():
         return False
-    return all(
-        first(text, add_special_tokens=False)["input_ids"] == second(text, add_special_tokens=False)["input_ids"]
-        for text in _PROBES
-    )
+    return all(first(text)["input_ids"] == second(text)["input_ids"] for text in _PROBES)
 
 
 def load_tokenizer(name_or_path: str, kwargs: Mapping[str, Any]) -> Any:

@@ -82,7 +82,8 @@ class LLM2SLMConfig(PreTrainedConfig):
         slm_name_or_path (`str`, *optional*), slm_revision (`str`, *optional*): Where the SLM came from (for the record).
 
     Raises:
-        ValueError: for a choice that does not exist or a size that is not positive.
+        StrictDataclassError: (of huggingface_hub, around a `ValueError`) for a choice that does not exist, a size that is
+            not positive, or two models that can't be joined so.
     """
 
     model_type = "llm2slm"

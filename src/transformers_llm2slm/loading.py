@@ -27,9 +27,9 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.hub import resolve_revision
 
-from .configuration_llm2slm import decoder_text_config
+from .configuration_llm2slm import decoder_text_config, encoder_text_config
 from .fingerprint import fingerprint_of_files, is_exact, weights_fingerprint
-from .structure import DroppedModule, drop_module, layer_list
+from .structure import DroppedModule, drop_module, layer_list, position_limit
 
 # Arguments of `from_pretrained` that say where files come from; they reach every loader unless given for one part.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
@@ -87,6 +87,23 @@ def llm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return reading_class(model_class)
 
 
+def llm_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The LLM's reading part as its configuration makes it, not quantised, without memory for its weights."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return llm_class(config)(config)
+
+
+def llm_position_limit(config: PreTrainedConfig) -> int | None:
+    """The longest prompt in tokens that an LLM of this configuration takes, `None` where there is no limit."""
+    text_config = encoder_text_config(config)
+    if position_limit(text_config) is None or type(config) not in MODEL_MAPPING:
+        return position_limit(text_config)
+    return position_limit(text_config, llm_skeleton(config))
+
+
 def load_llm(name_or_path: str, config: PreTrainedConfig | None = None, **kwargs: Any) -> PreTrainedModel:
     """
     Load the LLM's reading part from a hub repository or a local folder, frozen and in eval mode.
@@ -132,8 +149,7 @@ def load_llm(name_or_path: str, config: PreTrainedConfig | None = None, **kwargs
 def adopt_llm(model: PreTrainedModel) -> PreTrainedModel:
     """The reading part of an LLM that is already in memory, sharing its weights; `model` itself is left as it is."""
     body = model.base_model
-    with torch.device("meta"):
-        llm = llm_class(model.config)(copy.deepcopy(model.config))
+    llm = llm_skeleton(model.config)
     for store in ("_modules", "_parameters", "_buffers"):
         for name, part in getattr(llm, store).items():
             if part is not None and hasattr(body, name) and not isinstance(part, DroppedModule):
@@ -163,22 +179,14 @@ def llm_fingerprint(llm: PreTrainedModel, name_or_path: str | None = None, **kwa
         return weights_fingerprint(parameters, parameters.__getitem__)
     if name_or_path is None:
         return None
-    with torch.device("meta"):
-        skeleton = llm_class(llm.config)(_without_quantization(llm.config))
-    return fingerprint_of_files([name for name, _ in skeleton.named_parameters()], _weight_files(name_or_path, kwargs))
+    names = [name for name, _ in llm_skeleton(llm.config).named_parameters()]
+    return fingerprint_of_files(names, _weight_files(name_or_path, kwargs))
 
 
 def quantization_of(llm: PreTrainedModel) -> dict[str, Any] | None:
     """How an LLM was quantised while it was loaded; `None` if it was not, or if its repository holds it quantised."""
     quantizer = getattr(llm, "hf_quantizer", None)
     return None if quantizer is None or quantizer.pre_quantized else quantizer.quantization_config.to_dict()
-
-
-def _without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
 
 
 def _weight_files(name_or_path: str, kwargs: Mapping[str, Any]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,9 +35,11 @@ class Text2TextGenerationPipeline(Pipeline):
     _pipeline_calls_generate = True
     _default_generation_config = GenerationConfig(max_new_tokens=256)
 
-    def __init__(self, model: Any, *args: Any, tokenizer: Any = None, processor: Any = None, **kwargs: Any):
+    def __init__(self, model: Any, tokenizer: Any = None, *, processor: Any = None, **kwargs: Any):
         ours = isinstance(model, LLM2SLMForConditionalGeneration)
-        if ours and processor is None and tokenizer is None:
+        # One tokenizer will do where the configuration says that LLM and SLM share it.
+        shared = ours and (model.config.fusion == "add" or model.config.slm_layers is not None)
+        if ours and processor is None and not (shared and tokenizer is not None):
             if not model.name_or_path:
                 raise ValueError(
                     "This model was composed in memory and names no processor. Pass it: "
@@ -47,7 +50,18 @@ class Text2TextGenerationPipeline(Pipeline):
             tokenizer = processor.tokenizer
         if tokenizer is None:
             raise ValueError('The task "text2text-generation" needs a tokenizer or a processor: pass `tokenizer=`.')
-        super().__init__(model, *args, tokenizer=tokenizer, processor=processor, **kwargs)
+        kwargs.pop("local_files_only", None)  # was for loading; `pipeline` leaves it among what goes to `generate`
+        super().__init__(model, tokenizer=tokenizer, processor=processor, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """
+        Save the model with its processor (or tokenizer), as any checkpoint: whoever imports this package loads it.
+
+        The base class would put a copy of this package's files beside it, and `pipeline` would then ask for
+        `trust_remote_code`.
+        """
+        self.model.save_pretrained(save_directory, **kwargs)
+        (self.processor or self.tokenizer).save_pretrained(save_directory, **kwargs)
 
     def _sanitize_parameters(
         self,
@@ -65,15 +79,15 @@ class Text2TextGenerationPipeline(Pipeline):
             forward_params["stop_strings"] = stop_sequence
         postprocess_params: dict[str, Any] = {}
         if return_tensors is not None or return_text is not None:
-            postprocess_params["return_tensors"] = bool(return_tensors) and not return_text
+            postprocess_params["return_tensors"] = bool(return_tensors)
         if clean_up_tokenization_spaces is not None:
             postprocess_params["clean_up_tokenization_spaces"] = clean_up_tokenization_spaces
         return {}, forward_params, postprocess_params
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """
         Args:
-            args (`str`, `list[str]`, generator or dataset of `str`): The prompts.
+            inputs (`str`, `list[str]`, generator or dataset of `str`): The prompts.
             return_tensors (`bool`, defaults to `False`): Give `generated_token_ids` in place of `generated_text`.
             clean_up_tokenization_spaces (`bool`, *optional*), truncation (`bool`, defaults to `False`), batch_size
                 (`int`, defaults to 1), and whatever `generate` takes.
@@ -82,8 +96,8 @@ class Text2TextGenerationPipeline(Pipeline):
             `list[dict]`: for one string, a dict for each returned sequence; for a list of strings, a dict for each, or a
             list of dicts with `num_return_sequences` above 1.
         """
-        result = super().__call__(*args, **kwargs)
-        if isinstance(args[0], list) and all(isinstance(text, str) for text in args[0]):
+        result = super().__call__(inputs, *args, **kwargs)
+        if isinstance(inputs, list) and all(isinstance(text, str) for text in inputs):
             if all(len(sequences) == 1 for sequences in result):
                 return [sequences[0] for sequences in result]
         return result

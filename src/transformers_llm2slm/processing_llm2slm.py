@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import AutoConfig, BatchEncoding, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
 from .alignment import align_tokens
 from .composition import different_tokenizers, load_tokenizer, tokenizers_equal
@@ -18,7 +19,7 @@ from .configuration_llm2slm import (
     encoder_text_config,
     special_token_id,
 )
-from .loading import HUB_ARGUMENTS, take_prefixed
+from .loading import HUB_ARGUMENTS, llm_position_limit, take_prefixed
 from .structure import position_limit
 
 # Subfolders of the tokenizers where there are two. Where there is one, it lies at the root, as in any other repository.
@@ -108,18 +109,20 @@ class LLM2SLMProcessor(ProcessorMixin):
         tokenizer = llm_tokenizer if llm == slm else load_tokenizer(slm, slm_kwargs)
         if tokenizers_equal(llm_tokenizer, tokenizer):
             llm_tokenizer, fusion = tokenizer, fusion or "add"
-        limits = [position_limit(encoder_text_config(llm_config)), llm_tokenizer.model_max_length]
+        limits = [llm_position_limit(llm_config), llm_tokenizer.model_max_length]
         slm_limit = position_limit(encoder_text_config(slm_config))
         if fusion not in (None, "align"):  # the SLM's prompt is then as long as the LLM's
             limits.append(slm_limit)
         limits = [limit for limit in limits if limit is not None and limit < 1_000_000]
+        start = special_token_id(slm_config, "decoder_start_token_id")  # 0 in T5
+        if start is None:
+            start = special_token_id(decoder_text_config(slm_config), "bos_token_id")
         return cls(
             tokenizer,
             llm_tokenizer,
             fusion=fusion or "align",
             slm_is_encoder_decoder=slm_config.is_encoder_decoder,
-            decoder_start_token_id=special_token_id(slm_config, "decoder_start_token_id")
-            or special_token_id(decoder_text_config(slm_config), "bos_token_id"),
+            decoder_start_token_id=start,
             max_prompt_length=min(limits, default=None),
             slm_max_prompt_length=slm_limit,
         )
@@ -130,17 +133,25 @@ class LLM2SLMProcessor(ProcessorMixin):
         """
         Save settings and tokenizers. One tokenizer lies at the root, where `AutoTokenizer` finds it; two lie in
         `slm_tokenizer/` and `llm_tokenizer/`, so that neither is taken for the only one.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Where to.
+            push_to_hub (`bool`, defaults to `False`): Upload the same files too, to `repo_id` (by default the name of
+                the folder in your namespace), with the arguments of `push_to_hub` in `kwargs`.
         """
         os.makedirs(save_directory, exist_ok=True)
-        if push_to_hub:
-            return super().push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
         if self.shared_tokenizer:
             self.tokenizer.save_pretrained(save_directory)
         else:
             self.tokenizer.save_pretrained(os.path.join(save_directory, SLM_TOKENIZER_SUBFOLDER))
             self.llm_tokenizer.save_pretrained(os.path.join(save_directory, LLM_TOKENIZER_SUBFOLDER))
-        file = os.path.join(save_directory, "processor_config.json")
+        if isinstance(self.chat_template, str):
+            with open(os.path.join(save_directory, CHAT_TEMPLATE_FILE), "w", encoding="utf-8") as template:
+                template.write(self.chat_template)
+        file = os.path.join(save_directory, PROCESSOR_NAME)
         self.to_json_file(file)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
         return [file]
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,13 +164,19 @@ class LLM2SLMProcessor(ProcessorMixin):
         processor_dict: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> list[PreTrainedTokenizerBase]:
+        if not processor_dict or "fusion" not in processor_dict:
+            raise ValueError(
+                f"{os.fspath(pretrained_model_name_or_path)!r} has no `{PROCESSOR_NAME}` of an {cls.__name__}, so nothing "
+                "says which tokens LLM and SLM get. Save the processor beside the model, `processor.save_pretrained(...)`, "
+                f"or make it anew: `{cls.__name__}.from_llm_slm_pretrained(llm, slm)`."
+            )
         root = kwargs.pop("subfolder", "")
         # Where there are two, the checkpoint's own config would be looked for beside each tokenizer: its class does.
         kwargs = {
             key: value for key, value in kwargs.items() if key in (*HUB_ARGUMENTS, "revision", "trust_remote_code")
         }
         folders = ["", ""]
-        if not (processor_dict or {}).get("shared_tokenizer", True):
+        if not processor_dict.get("shared_tokenizer", True):
             folders = [SLM_TOKENIZER_SUBFOLDER, LLM_TOKENIZER_SUBFOLDER]
         tokenizers: dict[str, PreTrainedTokenizerBase] = {}
         for folder in folders:
@@ -171,6 +188,35 @@ class LLM2SLMProcessor(ProcessorMixin):
         return [tokenizers[folder] for folder in folders]
 
     # Text to tokens --------------------------------------------------------------------------------------------------
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> str | list[str] | BatchEncoding:
+        """
+        A conversation as a prompt in the LLM's chat format, with the LLM's special tokens.
+
+        Args:
+            conversation (`list[dict]` or a list of these): Messages with `"role"` and `"content"`.
+            chat_template (`str`, *optional*): Defaults to the processor's, which defaults to the LLM's tokenizer's.
+            tokenize (`bool`, defaults to `False`): Give the processor's columns in place of text.
+            processor_kwargs (`Mapping`, *optional*): With `tokenize=True`, arguments for calling the processor;
+                `padding`, `truncation`, `max_length` and `return_tensors` may be given directly.
+            kwargs: As for the tokenizer's `apply_chat_template` (`add_generation_prompt`, `tools` ...).
+        """
+        names = ("padding", "truncation", "max_length", "return_tensors")
+        given = {name: kwargs.pop(name) for name in names if name in kwargs}
+        kwargs.pop("return_dict", None)  # one column is no prompt: with `tokenize=True` it is always all of them
+        text = self.llm_tokenizer.apply_chat_template(
+            conversation, chat_template=chat_template or self.chat_template, tokenize=False, **kwargs
+        )
+        if not tokenize:
+            return text
+        return self(text, **{"add_special_tokens": False} | given | dict(processor_kwargs or {}))
+
     @property
     def model_input_names(self) -> list[str]:
         names = ["input_ids", "attention_mask"]
@@ -195,7 +241,9 @@ class LLM2SLMProcessor(ProcessorMixin):
             text_target (`str` or `Sequence[str]`, *optional*): Responses.
             padding (`bool` or `str`, defaults to `False`): `True` or `"longest"` pads to the longest row, `"max_length"`
                 to `max_length` and `max_target_length`; on each tokenizer's padding side (labels on the right).
-            truncation (`bool`, defaults to `False`): Cut prompts to `max_length`, responses to `max_target_length`.
+            truncation (`bool`, defaults to `False`): Cut prompts to `max_length`, responses to `max_target_length`. For
+                `fusion="align"` the SLM gets no more characters than the LLM has read, cut to what it takes (with
+                `padding="max_length"`, so that shapes are static, to `max_length` of its own tokens too).
             max_length (`int`, *optional*): Length of a prompt in the LLM's tokens; by default what the models take.
             max_target_length (`int`, *optional*): Length of a response in the SLM's tokens, its end token included.
             return_tensors (`str`, *optional*): `"pt"` for tensors; lists by default.
@@ -209,40 +257,59 @@ class LLM2SLMProcessor(ProcessorMixin):
             -100.
 
         Raises:
-            ValueError: for an empty prompt, or one that is too long and not to be truncated.
+            ValueError: for an empty prompt, or one that is too long and not to be truncated, or numbers of prompts and
+                responses that differ.
         """
         if text is None and text_target is None:
             raise ValueError("Give the processor prompts as `text`, responses as `text_target`, or both.")
         if padding not in (True, False, "longest", "max_length"):
             raise ValueError(f'`padding` must be True, False, "longest" or "max_length", got {padding!r}.')
+        if not isinstance(truncation, bool):
+            raise ValueError(f"`truncation` must be True or False, got {truncation!r}.")
         if return_tensors not in (None, "pt"):
             raise ValueError(f'`return_tensors` must be None or "pt", got {return_tensors!r}.')
         single = isinstance(text if text is not None else text_target, str)
         columns: dict[str, list[list[int]]] = {}
+        static = padding == "max_length"
+        max_length = self.max_prompt_length if max_length is None else max_length
+        slm_limits = [self.slm_max_prompt_length, max_length if static else None]
+        slm_max_length = min((limit for limit in slm_limits if limit is not None), default=None)
         if text is not None:
             prompts = [text] if isinstance(text, str) else list(text)
-            columns |= self._prompt_columns(prompts, truncation, max_length, add_special_tokens)
+            columns |= self._prompt_columns(prompts, truncation, max_length, slm_max_length, add_special_tokens)
         if text_target is not None:
             responses = [text_target] if isinstance(text_target, str) else list(text_target)
             columns["labels"] = self.response_ids(responses, max_target_length if truncation else None)
+            if len({len(rows) for rows in columns.values()}) > 1:
+                raise ValueError(
+                    f"Each prompt needs one response, got {len(columns['input_ids'])} and {len(responses)} of them."
+                )
         if padding or return_tensors is not None:
-            limits = (max_length, max_target_length) if padding == "max_length" else (None, None)
-            columns = {name: self._padded(name, rows, bool(padding), limits) for name, rows in columns.items()}
+            limits = dict.fromkeys(columns, slm_max_length) | {"labels": max_target_length}
+            limits |= {"input_ids": max_length, "attention_mask": max_length}
+            columns = {
+                name: self._padded(name, rows, bool(padding), limits[name] if static else None)
+                for name, rows in columns.items()
+            }
         if return_tensors is not None:
             return BatchEncoding({name: torch.tensor(rows, dtype=torch.long) for name, rows in columns.items()})
         return BatchEncoding({name: rows[0] if single else rows for name, rows in columns.items()})
 
     def _prompt_columns(
-        self, prompts: list[str], truncation: bool, max_length: int | None, add_special_tokens: bool
+        self,
+        prompts: list[str],
+        truncation: bool,
+        max_length: int | None,
+        slm_max_length: int | None,
+        add_special_tokens: bool,
     ) -> dict[str, list[list[int]]]:
         for index, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise ValueError(f"Prompt {index} is no text but {type(prompt).__name__}; pass strings.")
             if not prompt.strip():
                 raise ValueError(f"Prompt {index} is empty: the LLM needs text to read. Leave empty prompts out.")
-        limit = max_length if max_length is not None else self.max_prompt_length
         align = self.fusion == "align"
-        cut = {"truncation": True, "max_length": limit} if truncation and limit else {}
+        cut = {"truncation": True, "max_length": max_length} if truncation and max_length else {}
         llm = self.llm_tokenizer(
             prompts, add_special_tokens=add_special_tokens, return_offsets_mapping=align, verbose=False, **cut
         )
@@ -257,17 +324,19 @@ class LLM2SLMProcessor(ProcessorMixin):
         if not align:
             return columns
         columns |= {"slm_input_ids": [], "slm_attention_mask": [], "alignment": []}
-        slm_cut = {"truncation": True, "max_length": self.slm_max_prompt_length}
+        slm_cut = {"truncation": True, "max_length": slm_max_length}
         for index, (prompt, llm_offsets) in enumerate(zip(prompts, llm["offset_mapping"], strict=True)):
-            # The SLM gets the characters that the LLM has read.
+            # The SLM gets the characters that the LLM has read; white space at the ends too, unless it was cut off.
+            start, end = 0, len(prompt)
             spans = [span for span in llm_offsets if span[1] > span[0]]
-            start, end = (spans[0][0], spans[-1][1]) if truncation and spans else (0, len(prompt))
+            if spans and llm.encodings[index].overflowing:
+                start, end = (spans[0][0], end) if self.llm_tokenizer.truncation_side == "left" else (0, spans[-1][1])
             slm = self.tokenizer(
                 prompt[start:end],
                 add_special_tokens=add_special_tokens,
                 return_offsets_mapping=True,
                 verbose=False,
-                **(slm_cut if truncation and self.slm_max_prompt_length else {}),
+                **(slm_cut if truncation and slm_max_length else {}),
             )
             offsets = [(s + start, e + start) if e > s else (0, 0) for s, e in slm["offset_mapping"]]
             if self.slm_max_prompt_length is not None and len(offsets) > self.slm_max_prompt_length:
@@ -302,22 +371,22 @@ class LLM2SLMProcessor(ProcessorMixin):
                 del row[0]
             if not row or row[-1] != end:
                 row.append(end)
+            while row[-2:] == [end, end]:  # in the text already
+                del row[-1]
             if max_length is not None and len(row) > max_length:
                 row[max_length - 1 :] = [end]
         return rows
 
-    def _padded(
-        self, name: str, rows: list[list[int]], pad: bool, limits: tuple[int | None, int | None]
-    ) -> list[list[int]]:
+    def _padded(self, name: str, rows: list[list[int]], pad: bool, length: int | None) -> list[list[int]]:
         longest = max(map(len, rows))
         if not pad:
             if any(len(row) != longest for row in rows):
                 raise ValueError("Rows of unequal length make no tensor: pass `padding=True`.")
             return rows
-        length = max(longest, limits[name == "labels"] or 0)
+        length = max(longest, length or 0)
         tokenizer = self.tokenizer if name.startswith("slm_") or name == "alignment" else self.llm_tokenizer
-        values = {"input_ids": tokenizer.pad_token_id, "slm_input_ids": tokenizer.pad_token_id, "labels": -100}
-        value = values.get(name, 0)
+        pad_token_id = tokenizer.pad_token_id or 0  # masked, so any token will do where a tokenizer has none
+        value = {"input_ids": pad_token_id, "slm_input_ids": pad_token_id, "labels": -100}.get(name, 0)
         if name != "labels" and tokenizer.padding_side == "left":
             return [[value] * (length - len(row)) + row for row in rows]
         return [row + [value] * (length - len(row)) for row in rows]

@@ -23,7 +23,7 @@ class LLM2SLMTokenizer:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
-            f"{pretrained_model_name_or_path!r} has two tokenizers, the LLM's for reading and the SLM's for writing, and "
+            f"{str(pretrained_model_name_or_path)!r} has two tokenizers, the LLM's for reading and the SLM's for writing, and "
             "no single one serves both. Load them together: `AutoProcessor.from_pretrained(...)`, with `.tokenizer` for "
             "the SLM's and `.llm_tokenizer` for the LLM's."
         )

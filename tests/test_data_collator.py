@@ -1,0 +1,86 @@
+"""The collator: rows of prompt and completion to the batch that the processor makes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import PROMPTS, RESPONSES, Pair
+
+from transformers_llm2slm import LLM2SLMDataCollator, LLM2SLMProcessor
+
+ROWS = [{"prompt": p, "completion": c, "id": i} for i, (p, c) in enumerate(zip(PROMPTS, RESPONSES, strict=True))]
+
+
+@pytest.fixture
+def processor(zoo) -> LLM2SLMProcessor:
+    return LLM2SLMProcessor.from_llm_slm_pretrained(*zoo.sources(Pair("llama", "llama", "align")))
+
+
+def assert_same(batch, expected):
+    assert set(batch) == set(expected)
+    for name, column in batch.items():
+        assert torch.equal(column, expected[name]), name
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batch_is_the_processors(processor, side):
+    processor.tokenizer.padding_side = processor.llm_tokenizer.padding_side = side
+    batch = LLM2SLMDataCollator(processor)(ROWS)
+    assert type(batch) is dict
+    assert_same(batch, processor(text=PROMPTS, text_target=RESPONSES, padding=True, return_tensors="pt"))
+    assert (batch["labels"] == -100).any() and (batch["attention_mask"] == 0).any()
+
+
+def test_end_token_is_scored_where_it_pads(processor):
+    """Padding is told by length: with `pad_token = eos_token` each row still has one end token to score."""
+    processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    labels = LLM2SLMDataCollator(processor)(ROWS)["labels"]
+    assert (labels == processor.tokenizer.eos_token_id).sum(dim=1).tolist() == [1, 1, 1]
+
+
+def test_lengths(processor):
+    """Prompts and completions are cut to their lengths, completions with their end token; by default to the models'."""
+    batch = LLM2SLMDataCollator(processor, max_prompt_length=8, max_response_length=4)(ROWS)
+    cut = {"padding": True, "truncation": True, "max_length": 8, "max_target_length": 4, "return_tensors": "pt"}
+    assert_same(batch, processor(text=PROMPTS, text_target=RESPONSES, **cut))
+    assert batch["input_ids"].shape == (3, 8) and batch["labels"].shape == (3, 4)
+    assert [row[row != -100][-1].item() for row in batch["labels"]] == [processor.tokenizer.eos_token_id] * 3
+    long = [{"prompt": "word " * 300, "completion": "word " * 300}]
+    batch = LLM2SLMDataCollator(processor)(long)
+    assert batch["input_ids"].shape == batch["slm_input_ids"].shape == (1, 128)
+    assert batch["labels"].shape[1] == len(processor.tokenizer("word " * 300)["input_ids"])
+
+
+def test_static_shapes(processor):
+    """`pad_to_max_length` gives every batch one shape, in both token views, whatever the rows."""
+    collator = LLM2SLMDataCollator(processor, max_prompt_length=10, max_response_length=6, pad_to_max_length=True)
+    emoji = [{"prompt": "🙂" * 30, "completion": "漢字" * 9}, *ROWS[:2]]  # few LLM tokens, many SLM tokens
+    shapes = [{name: tuple(column.shape) for name, column in collator(rows).items()} for rows in (ROWS, emoji)]
+    prompt = ("input_ids", "attention_mask", "slm_input_ids", "slm_attention_mask", "alignment")
+    assert shapes == [dict.fromkeys(prompt, (3, 10)) | {"labels": (3, 6)}] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        (
+            {"prompt": "a", "response": "b"},
+            r"Row 1 .* no text in column 'completion'; its columns are \['prompt', 'resp",
+        ),
+        ({"question": "a", "completion": "b"}, r"no text in column 'prompt'; its columns are \['completion', 'quest"),
+        ({}, r"no text in column 'prompt'; its columns are \[\]\. .*`remove_unused_columns=False`"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, r"no text in column 'prompt'"),
+        ({"prompt": " ", "completion": "b"}, r"Prompt 1 is empty"),
+    ],
+)
+def test_bad_rows(processor, row, error):
+    with pytest.raises(ValueError, match=error):
+        LLM2SLMDataCollator(processor)([ROWS[0], row])
+
+
+def test_bad_arguments(processor):
+    with pytest.raises(TypeError, match=r"`processor` must be an LLM2SLMProcessor, got TokenizersBackend"):
+        LLM2SLMDataCollator(processor.tokenizer)
+    for lengths in ({}, {"max_prompt_length": 8}, {"max_response_length": 8}):
+        with pytest.raises(ValueError, match=r"needs `max_prompt_length` and `max_response_length`"):
+            LLM2SLMDataCollator(processor, pad_to_max_length=True, **lengths)
