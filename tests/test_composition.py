@@ -80,6 +80,7 @@ def test_tokenizers_equal_needs_more_than_equal_vocabularies(zoo):
         ({"slm_encoder": "skip"}, '`slm_encoder="skip"` needs an encoder-decoder SLM, got a decoder-only `llama`'),
         ({"llm_layer": 9}, r"`llm_layer` must lie in \[-4, 3\] for an LLM of 3 layers, got 9"),
         ({"slm_layers": 2}, "Give either an SLM, or `slm_layers` to cut one from the LLM, and not both"),
+        ({"projector_activation": "foo"}, "`projector_activation` must be one of .*'gelu'.*, got 'foo'"),
         ({"fusoin": "add"}, r"got unknown argument\(s\) fusoin"),
     ],
 )
@@ -193,6 +194,15 @@ def test_arguments_reach_the_part_they_name(zoo):
     model = compose(llm, slm, fusion="replace", llm_attn_implementation="eager")
     assert model.llm.config._attn_implementation == "eager"
     assert model.slm.config._attn_implementation == "sdpa"
+
+
+def test_dtype_of_a_cut_slm(zoo):
+    llm = zoo.checkpoint("llama", "bpe", "llm")
+    model = compose(llm, slm_layers=2, llm_dtype="bfloat16", slm_dtype="float32")
+    assert model.llm.dtype is torch.bfloat16
+    assert {p.dtype for p in (*model.slm.parameters(), *model.projector.parameters())} == {torch.float32}
+    with pytest.raises(TypeError, match="An SLM cut from the LLM is not loaded, so `slm_revision` says nothing"):
+        compose(llm, slm_layers=2, slm_revision="main")
 
 
 def test_provenance_is_recorded(zoo):

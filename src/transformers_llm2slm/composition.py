@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .configuration_llm2slm import (
@@ -139,7 +140,15 @@ def _load_parts(
                 f"An SLM can't be cut from a {type(llm).__name__}: it has no LM head to write with. Pass the LLM as "
                 f"{slm_auto_class(llm.config).__name__}, or name an SLM."
             )
-        return llm_source, adopt_llm(llm), None, cut_slm(llm, slm_layers)
+        if unknown := sorted(slm_kwargs.keys() - llm_kwargs.keys() - {"dtype"}):
+            raise TypeError(
+                f"An SLM cut from the LLM is not loaded, so `slm_{unknown[0]}` says nothing; leave it out."
+            )
+        slm_model, layers = cut_slm(llm, slm_layers)
+        dtype = slm_kwargs.get("dtype")
+        if dtype not in (None, "auto"):
+            slm_model = slm_model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        return llm_source, adopt_llm(llm), None, (slm_model, layers)
     llm_model = adopt_llm(llm) if isinstance(llm, PreTrainedModel) else load_llm(llm_source, **llm_kwargs)
     slm_model = slm if isinstance(slm, PreTrainedModel) else load_slm(_source(slm), **slm_kwargs)
     slm_auto_class(slm_model.config)
@@ -207,7 +216,7 @@ def tokenizers_equal(first: Any, second: Any) -> bool:
 
 def load_tokenizer(name_or_path: str, kwargs: Mapping[str, Any]) -> Any:
     """The tokenizer of a repository, with those of the loading arguments that concern it."""
-    names = (*HUB_ARGUMENTS, "revision", "subfolder", "trust_remote_code")
+    names = (*HUB_ARGUMENTS, "revision", "subfolder", "trust_remote_code", "config")
     return AutoTokenizer.from_pretrained(name_or_path, **{key: kwargs[key] for key in names if key in kwargs})
 
 

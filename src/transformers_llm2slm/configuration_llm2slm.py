@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
 
 Fusion = Literal["add", "replace", "llm-embed", "align"]
@@ -124,6 +125,7 @@ class LLM2SLMConfig(PreTrainedConfig):
         check_choice("slm_encoder", self.slm_encoder, get_args(SLMEncoder))
         check_choice("projector_norm", self.projector_norm, get_args(ProjectorNorm))
         check_choice("projector_init", self.projector_init, PROJECTOR_INITS)
+        check_choice("projector_activation", self.projector_activation, tuple(ACT2FN))
         if self.projector_num_layers < 1:
             raise ValueError(f"`projector_num_layers` must be at least 1, got {self.projector_num_layers}.")
         if self.projector_hidden_size is not None and self.projector_hidden_size < 1:

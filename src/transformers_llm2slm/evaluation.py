@@ -124,7 +124,7 @@ def generate_texts(
         raise ValueError("One text is generated for each prompt: leave `num_return_sequences` out.")
     if generate_kwargs.get("stop_strings") is not None:
         generate_kwargs.setdefault("tokenizer", processor.tokenizer)
-    cut = {"truncation": truncation, "max_length": max_prompt_length}
+    cut: dict[str, Any] = {"truncation": truncation, "max_length": max_prompt_length}
     lengths = [len(ids) for ids in processor(text=list(prompts), **cut)["input_ids"]]
     order = sorted(range(len(prompts)), key=lambda index: -lengths[index])
 

@@ -24,7 +24,7 @@ from .composition import compose
 from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig, decoder_text_config
 from .loading import HUB_ARGUMENTS, freeze, slm_auto_class, take_prefixed
 from .projector import LLM2SLMProjector
-from .prompt import LLM2SLMPrompt, check_prompt_length, fuse, prompt_mask
+from .prompt import LLM2SLMPrompt, check_labels, check_prompt_length, fuse, prompt_mask, without_prompt_length
 from .structure import accepts, drop_module, embed_tokens, move_padding, position_limit, reader
 
 
@@ -508,7 +508,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             [`LLM2SLMOutput`], or a tuple with `return_dict=False`.
         """
         if labels is not None:
-            self._check_labels(labels)
+            check_labels(labels, self.get_output_embeddings().weight.shape[0])
             if decoder_input_ids is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if prompt is None:
@@ -544,18 +544,6 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def _check_labels(self, labels: torch.Tensor) -> None:
-        if torch.compiler.is_compiling() or labels.numel() == 0:
-            return
-        size: int = self.get_output_embeddings().weight.shape[0]
-        low, high = (int(bound) for bound in labels.aminmax())
-        if high >= size or (low < 0 and bool(((labels < 0) & (labels != -100)).any())):
-            raise ValueError(
-                f"`labels` holds token {high if high >= size else low}, but the SLM's vocabulary has {size} tokens. "
-                "`labels` are the response in the SLM's tokens, padded with -100: make them with "
-                "`LLM2SLMProcessor(..., text_target=...)` or the SLM's tokenizer."
-            )
-
     @torch.no_grad()
     def generate(
         self,
@@ -581,18 +569,16 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         """
         fields = inspect.signature(self.model.encode_prompt).parameters
         prompt_kwargs = {name: kwargs.pop(name) for name in fields if name in kwargs}
-        for name in ("labels", "shift_labels"):  # Seq2SeqTrainer passes the whole batch
-            kwargs.pop(name, None)
+        if kwargs.pop("labels", None) is not None:  # Seq2SeqTrainer passes the whole batch
+            for name in ("shift_labels", "decoder_input_ids"):
+                kwargs.pop(name, None)
         if inputs is not None:
             prompt_kwargs["input_ids"] = inputs
         if prompt is None:
             prompt = self.encode_prompt(**prompt_kwargs)
         kwargs |= self.model.slm_prompt(prompt)
         if not self.slm.config.is_encoder_decoder:
-            # To a decoder-only model these lengths would include the prompt, which the user of this model doesn't write.
-            for name in ("max", "min"):
-                if (length := kwargs.pop(f"{name}_length", None)) is not None:
-                    kwargs.setdefault(f"{name}_new_tokens", length)
+            generation_config, kwargs = without_prompt_length(generation_config, kwargs, self.generation_config)
         return self.slm.generate(None, generation_config, *args, **kwargs)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, BatchEncoding, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoConfig, BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import CHAT_TEMPLATE_FILE, PROCESSOR_NAME
 
 from .alignment import align_tokens
@@ -182,8 +182,10 @@ class LLM2SLMProcessor(ProcessorMixin):
         for folder in folders:
             if folder not in tokenizers:
                 subfolder = "/".join(part for part in (root, folder) if part)
+                # A tokenizer names its class itself. Without a config, one would be looked for in its subfolder.
                 tokenizers[folder] = load_tokenizer(
-                    os.fspath(pretrained_model_name_or_path), kwargs | {"subfolder": subfolder}
+                    os.fspath(pretrained_model_name_or_path),
+                    kwargs | {"subfolder": subfolder, "config": PreTrainedConfig()},
                 )
         return [tokenizers[folder] for folder in folders]
 

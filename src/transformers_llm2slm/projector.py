@@ -61,11 +61,12 @@ class LLM2SLMProjector(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, kind: str) -> None:
         """Initialise: `"random"` (also the start of a fit), or `"zero"` and `"identity"` with a last layer of zeros."""
-        for layer in self.layers:
+        layers: list[nn.Linear] = [*self.layers]
+        for layer in layers:
             init.kaiming_uniform_(layer.weight, a=5**0.5)
             init.zeros_(layer.bias)
         if kind in ("zero", "identity"):
-            init.zeros_(self.layers[-1].weight)
+            init.zeros_(layers[-1].weight)
         if self.layer_weights is not None:
             init.zeros_(self.layer_weights)
         if isinstance(self.norm, (nn.LayerNorm, nn.RMSNorm)):

@@ -1,11 +1,13 @@
-"""Prompts: what the LLM's reading leaves for the SLM, the checks before it, and the fusion that makes it."""
+"""Prompts: what the LLM's reading leaves for the SLM, the checks before it, the fusion that makes it; and responses."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration_llm2slm import LLM2SLMConfig, encoder_text_config
@@ -49,7 +51,8 @@ def prompt_mask(
     The attention mask `(batch_size, prompt_length)` of a prompt.
 
     Raises:
-        ValueError: if there is no prompt, a row has no token, padding is not marked, or tokens are not the LLM's.
+        ValueError: if there is no prompt, its parts are not of one shape, a row has no token, padding is not marked, or
+            tokens are not the LLM's.
     """
     tokens = input_ids if input_ids is not None else llm_hidden_states
     if tokens is None:
@@ -57,6 +60,16 @@ def prompt_mask(
             "There is no prompt: pass `input_ids` (and `attention_mask`), `llm_hidden_states` or `prompt`, for instance "
             "what `LLM2SLMProcessor` returns."
         )
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "llm_hidden_states": llm_hidden_states}
+    shapes = {name: tuple(tensor.shape) for name, tensor in given.items() if tensor is not None}
+    for name, shape in shapes.items():
+        states = name == "llm_hidden_states"
+        if len(shape) not in ((3, 4) if states else (2,)):
+            expected = "prompt_length, [num_llm_states, ]llm_hidden_size" if states else "prompt_length"
+            raise ValueError(f"`{name}` must be of shape (batch_size, {expected}), got {shape}.")
+    if len({shape[:2] for shape in shapes.values()}) > 1:
+        found = ", ".join(f"`{name}` is of shape {shape}" for name, shape in shapes.items())
+        raise ValueError(f"The parts of a prompt must be of one batch size and one length, but {found}.")
     if attention_mask is None:
         pad = getattr(encoder_text_config(config.llm_config), "pad_token_id", None)
         if input_ids is not None and input_ids.shape[0] > 1 and pad is not None and bool((input_ids == pad).any()):
@@ -73,9 +86,10 @@ def prompt_mask(
         raise ValueError(f"{which} empty: the LLM needs at least one token to read. Leave empty prompts out.")
     if input_ids is not None and llm is not None:
         size = llm.get_input_embeddings().weight.shape[0]
-        if (top := int(input_ids.max())) >= size:
+        low, high = (int(bound) for bound in input_ids.aminmax())
+        if low < 0 or high >= size:
             raise ValueError(
-                f"`input_ids` holds token {top}, but the LLM's vocabulary has {size} tokens. `input_ids` are the LLM's "
+                f"`input_ids` holds token {low if low < 0 else high}, but the LLM's vocabulary has {size} tokens. `input_ids` are the LLM's "
                 "tokens: make them with `LLM2SLMProcessor` or the LLM's tokenizer."
             )
     return attention_mask
@@ -128,3 +142,47 @@ def fuse(
         projected = projected + embed_tokens(slm, input_ids)
     check_prompt_length(projected, slm, "SLM")
     return LLM2SLMPrompt(prompt_states=projected, attention_mask=mask.to(device))
+
+
+# The response ------------------------------------------------------------------------------------------------------------
+def check_labels(labels: torch.Tensor, vocab_size: int) -> None:
+    """Raise a `ValueError` if `labels` are not tokens of a vocabulary of this size, padded with -100."""
+    if torch.compiler.is_compiling():
+        return
+    foreign = (labels >= vocab_size) | ((labels < 0) & (labels != -100))
+    if bool(foreign.any()):
+        raise ValueError(
+            f"`labels` holds token {int(labels[foreign][0])}, but the SLM's vocabulary has {vocab_size} tokens. `labels` "
+            "are the response in the SLM's tokens, padded with -100: make them with `LLM2SLMProcessor(..., "
+            "text_target=...)` or the SLM's tokenizer."
+        )
+
+
+def without_prompt_length(
+    generation_config: GenerationConfig | None, kwargs: dict[str, Any], own: GenerationConfig
+) -> tuple[GenerationConfig | None, dict[str, Any]]:
+    """
+    Arguments of `generate` in which every length counts the response.
+
+    A decoder-only model takes `max_length` and `min_length` to include the prompt, which the user of this model doesn't
+    write; so they become `max_new_tokens` and `min_new_tokens`, wherever they are set.
+
+    Args:
+        generation_config (`GenerationConfig`, *optional*), kwargs: What `generate` was given.
+        own (`GenerationConfig`): The SLM's own, which fills what those two leave open.
+    """
+    config, kwargs = copy.deepcopy(generation_config), dict(kwargs)
+    for bound in ("max", "min"):
+        names = (f"{bound}_new_tokens", f"{bound}_length")  # the first takes precedence, as in transformers
+        given, of_config, of_own = (
+            next((source[name] for name in names if source.get(name) is not None), None)
+            for source in (kwargs, {} if config is None else vars(config), vars(own))
+        )
+        if given is not None:
+            kwargs |= zip(names, (given, None), strict=True)
+        elif of_config is not None:
+            for name, value in zip(names, (of_config, None), strict=True):
+                setattr(config, name, value)
+        elif getattr(own, names[1]):
+            kwargs |= zip(names, (of_own, None), strict=True)
+    return config, kwargs

@@ -13,14 +13,16 @@ import torch
 from huggingface_hub import snapshot_download
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig
-from .loading import llm_class
-from .modeling_llm2slm import LLM2SLMForConditionalGeneration
-from .processing_llm2slm import LLM2SLMProcessor
+from ..configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig
+from ..loading import llm_skeleton
+from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+from ..processing_llm2slm import LLM2SLMProcessor
+from .shared import check_checkpoint
 
 # Names in safetensors headers and in torch.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8", "U8": "uint8"}
@@ -44,39 +46,31 @@ def checkpoint_info(name_or_path: str, **hub: Any) -> dict[str, Any]:
         ValueError: if it is no checkpoint of this kind.
         OSError: if there is none, or it has no weights.
     """
+    check_checkpoint(name_or_path, **hub)
     folder = Path(name_or_path)
     if not folder.is_dir():
         ignored = [f"{LLM_SUBFOLDER}/*", "checkpoint-*/*"]
         folder = Path(snapshot_download(name_or_path, allow_patterns=CHECKPOINT_FILES, ignore_patterns=ignored, **hub))
-    kind = LLM2SLMConfig.get_config_dict(folder)[0].get("model_type")
-    if kind != LLM2SLMConfig.model_type:
-        raise ValueError(
-            f"{name_or_path!r} is no LLM-to-SLM model: its config has the `model_type` {kind!r}. Compose one with "
-            "`llm2slm compose`."
-        )
     config = LLM2SLMConfig.from_pretrained(folder)
     tensors = _headers(folder.glob("*.safetensors"))
     if not tensors:
         raise OSError(f"{name_or_path!r} holds no *.safetensors files, so there are no weights to tell of.")
+    llm = llm_skeleton(config.llm_config)
     with torch.device("meta"):
-        llm = llm_class(config.llm_config)(copy.deepcopy(config.llm_config))
         model = LLM2SLMForConditionalGeneration(copy.deepcopy(config))
     llm_files = _headers((folder / LLM_SUBFOLDER).glob("*.safetensors")) if config.llm_in_checkpoint else {}
-    parts = {
+    parts: dict[str, dict[str, Any]] = {
         "llm": {
             "class": type(llm).__name__,
             "parameters": sum(parameter.numel() for parameter in llm.parameters()),
             "trainable": False,
             "dtype": config.llm_dtype or "as stored",
+            "quantization": str((config.llm_quantization_config or {}).get("quant_method", "")) or None,
             "source": config.llm_name_or_path,
             "revision": config.llm_revision,
             "fingerprint": config.llm_fingerprint,
             "source_bytes": _source_bytes(config, hub),
-            "checkpoint_bytes": sum(
-                t["bytes"] for t in _headers((folder / LLM_SUBFOLDER).glob("*.safetensors")).values()
-            )
-            if config.llm_in_checkpoint
-            else 0,
+            "checkpoint_bytes": sum(tensor["bytes"] for tensor in llm_files.values()),
         }
     }
     for name, module in (("projector", model.projector), ("slm", model.slm)):
@@ -185,7 +179,7 @@ def show_info(info: dict[str, Any], console: Console) -> None:
     table.add_column("parameters", justify="right", no_wrap=True)
     table.add_column("training")
     table.add_column("dtype")
-    table.add_column("on disk", justify="right", no_wrap=True)
+    table.add_column("saved", justify="right", no_wrap=True)
     for name, part in info["parts"].items():
         size = format_bytes(part["checkpoint_bytes"]) if part["checkpoint_bytes"] else "-"
         table.add_row(
@@ -198,9 +192,8 @@ def show_info(info: dict[str, Any], console: Console) -> None:
             end_section=name == "slm",
         )
     total = info["total"]
-    share = f"{total['trainable_parameters'] / total['parameters']:.0%}"
     table.add_row(
-        "total", "", f"{total['parameters']:,}", share, "", format_bytes(total["checkpoint_bytes"]), style="bold"
+        "total", "", f"{total['parameters']:,}", "", "", format_bytes(total["checkpoint_bytes"]), style="bold"
     )
     console.print(table)
     lines = Table.grid(padding=(0, 2))
@@ -208,7 +201,7 @@ def show_info(info: dict[str, Any], console: Console) -> None:
     lines.add_column(overflow="fold")
     for name, value in _lines(info):
         lines.add_row(name, Text(value))
-    console.print(lines)
+    console.print(Padding(lines, (0, 0, 0, 1)))
 
 
 def _lines(info: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -217,6 +210,8 @@ def _lines(info: dict[str, Any]) -> Iterable[tuple[str, str]]:
     where = f"{format_bytes(llm['source_bytes'])} on this machine" if llm["source_bytes"] else "not on this machine"
     if info["llm_in_checkpoint"]:
         where = "in the checkpoint"
+    if llm["quantization"]:
+        where += f", quantised on loading: {llm['quantization']}"
     yield "llm", f"{_source(llm, 'a model in memory')} ({where})"
     if info["slm_layers"] is not None:
         yield "slm", f"cut from the LLM, layers {', '.join(map(str, info['slm_layers']))}"
@@ -232,6 +227,9 @@ def _lines(info: dict[str, Any]) -> Iterable[tuple[str, str]]:
     )
     text += f", norm {projector['norm']}, init {projector['init']}" + (", residual" if projector["residual"] else "")
     yield "projector", text
+    total = info["total"]
+    share = total["trainable_parameters"] / total["parameters"]
+    yield "trainable", f"{total['trainable_parameters']:,} parameters, {share:.1%} of all"
     yield "tokenizers", _tokenizer_line(info["tokenizers"])
     for name, part in info["parts"].items():
         if part.get("missing_parameters"):

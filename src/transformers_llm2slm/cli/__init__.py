@@ -1,4 +1,4 @@
-"""The command `llm2slm`: its entry point, and how it tells errors. The commands are in `cli_commands.py`."""
+"""The command `llm2slm`: its entry point, and how it tells errors. The commands are in `commands.py`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             sys.exit(fail('The command line needs typer and rich: pip install "transformers-llm2slm[cli]".'))
         import typer
 
-        from .cli_commands import app
+        from .commands import app
 
         # What `typer.Exit` carries is returned; a command itself returns nothing.
         code = typer.main.get_command(app).main(args=arguments, prog_name="llm2slm", standalone_mode=False)
@@ -62,7 +62,3 @@ def describe(error: BaseException) -> str:
     if text and isinstance(error, (ImportError, OSError, RuntimeError, ValueError)):
         return text
     return f"{type(error).__name__}: {text} (`--debug` shows where)"
-
-
-if __name__ == "__main__":
-    main()

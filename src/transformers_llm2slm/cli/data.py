@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .evaluation import require_extra
+from ..evaluation import require_extra
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,8 +54,12 @@ def load_rows(
         OSError: for a file that there isn't.
     """
     require_extra("train", "datasets")
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     if (file is None) == (dataset is None):
-        raise ValueError("Give either a file or `--dataset`, and not both.")
+        raise ValueError("Rows come from a file or from `--dataset`: give one of the two.")
     rows = _read_file(file) if file is not None else _read_hub(str(dataset), dataset_config, split, hub)
     source = str(file or dataset)
     if max_rows is not None:
@@ -90,7 +95,7 @@ def _read_file(file: Path) -> Dataset:
     options = {"keep_default_na": False} if kind == "csv" else {}
     try:
         return datasets.load_dataset(kind, data_files=str(file), split="train", **options)
-    except datasets.exceptions.DatasetGenerationError as error:
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         raise ValueError(f"{str(file)!r} can't be read as {kind}: {error.__cause__ or error}") from error
 
 

@@ -1,0 +1,5 @@
+"""`python -m transformers_llm2slm.cli`: the command line without its script."""
+
+from . import main
+
+main()

@@ -1,0 +1,120 @@
+"""The command `llm2slm evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.console import Console
+from rich.progress import Progress
+from typer import Option
+
+from .shared import (
+    DATA,
+    CacheDir,
+    CompletionColumn,
+    Dataset,
+    DatasetConfig,
+    Device,
+    Dtype,
+    LLMDtype,
+    LLMNameOrPath,
+    LocalFilesOnly,
+    MaxNewTokens,
+    MaxPromptLength,
+    Model,
+    NumBeams,
+    PromptColumn,
+    Revision,
+    Token,
+    hub_arguments,
+    load,
+    quiet,
+    show_numbers,
+)
+
+
+def evaluate(
+    model: Model,
+    file: Annotated[
+        Path | None, Option(metavar="FILE", rich_help_panel=DATA, help="JSON lines (also .gz), CSV or Parquet.")
+    ] = None,
+    dataset: Dataset = None,
+    dataset_config: DatasetConfig = None,
+    split: Annotated[str, Option(metavar="NAME", rich_help_panel=DATA, help="Its split.")] = "test",
+    prompt_column: PromptColumn = "prompt",
+    completion_column: CompletionColumn = "completion",
+    max_rows: Annotated[
+        int | None, Option(metavar="N", rich_help_panel=DATA, min=1, help="Only the first rows.")
+    ] = None,
+    batch_size: Annotated[int, Option(metavar="N", min=1, help="Prompts at a time.")] = 8,
+    max_new_tokens: MaxNewTokens = 128,
+    num_beams: NumBeams = 1,
+    max_prompt_length: MaxPromptLength = None,
+    output: Annotated[Path | None, Option(metavar="FILE", help="Write the results here, as JSON.")] = None,
+    predictions: Annotated[
+        Path | None, Option(metavar="FILE", help="Write prompts, completions and predictions here, as JSON lines.")
+    ] = None,
+    llm_name_or_path: LLMNameOrPath = None,
+    llm_dtype: LLMDtype = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalFilesOnly = False,
+) -> None:
+    """Generate for rows of prompt and completion; measure quality and speed."""
+    from ..evaluation import generate_texts, require_extra, text_scores
+    from .data import load_rows
+
+    require_extra("eval", "rouge_score", "sacrebleu")
+    rows = load_rows(
+        file,
+        dataset=dataset,
+        dataset_config=dataset_config,
+        split=split,
+        prompt_column=prompt_column,
+        completion_column=completion_column,
+        max_rows=max_rows,
+        token=token,
+        cache_dir=cache_dir,
+    )
+    for path in (output, predictions):  # a path that can't be written to must not cost an evaluation
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+    prompts, completions = list(rows["prompt"]), list(rows["completion"])
+    quiet()
+    hub = hub_arguments(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    loaded, processor = load(model, llm_name_or_path, llm_dtype, dtype, device, hub)
+    generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
+    console = Console(stderr=True)
+    with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Generating", total=len(prompts))
+        generated = generate_texts(
+            loaded,
+            processor,
+            prompts,
+            batch_size,
+            max_prompt_length=max_prompt_length,
+            progress=lambda count: progress.advance(task, count),
+            **generation,
+        )
+    scores = text_scores(generated.texts, completions)
+    speed = {
+        "rows": len(prompts),
+        "seconds": generated.seconds,
+        "new_tokens": generated.new_tokens,
+        "tokens_per_second": generated.tokens_per_second,
+    }
+    show_numbers(f"{model} on {file or dataset}", scores | speed)
+    if output is not None:
+        settings = {"model": model, "data": str(file or dataset), "batch_size": batch_size, **generation}
+        output.write_text(json.dumps(scores | speed | settings, indent=2) + "\n", encoding="utf-8")
+    if predictions is not None:
+        with predictions.open("w", encoding="utf-8") as lines:
+            for row in zip(prompts, completions, generated.texts, strict=True):
+                named = dict(zip(("prompt", "completion", "prediction"), row, strict=True))
+                lines.write(json.dumps(named, ensure_ascii=False) + "\n")

@@ -1,0 +1,153 @@
+"""What the commands of `llm2slm` share: options, loading, and how numbers are shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
+from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+    from ..processing_llm2slm import LLM2SLMProcessor
+
+# Options -------------------------------------------------------------------------------------------------------------
+LOADING, DATA = "Loading", "Data"
+Model = Annotated[str, Argument(metavar="DIR", help="Checkpoint: a local folder or a hub id.", show_default=False)]
+Revision = Annotated[
+    str | None, Option(metavar="NAME", rich_help_panel=LOADING, help="Branch, tag or commit of the checkpoint.")
+]
+Token = Annotated[
+    str | None, Option(metavar="TEXT", rich_help_panel=LOADING, help="Hub token, if not that of `hf auth login`.")
+]
+CacheDir = Annotated[Path | None, Option(metavar="DIR", rich_help_panel=LOADING, help="Where downloads are kept.")]
+LocalFilesOnly = Annotated[bool, Option("--local-files-only", rich_help_panel=LOADING, help="Download nothing.")]
+LLMNameOrPath = Annotated[
+    str | None, Option(metavar="NAME", rich_help_panel=LOADING, help="Another place of the same LLM, as a local copy.")
+]
+LLMDtype = Annotated[
+    str | None,
+    Option(metavar="TYPE", rich_help_panel=LOADING, help="float32, bfloat16 or float16; else as the checkpoint says."),
+]
+Dtype = Annotated[
+    str | None, Option(metavar="TYPE", rich_help_panel=LOADING, help="The same for projector and SLM; else as stored.")
+]
+Device = Annotated[
+    str | None,
+    Option(metavar="NAME", rich_help_panel=LOADING, help="Such as cpu or cuda:1; else an accelerator if any."),
+]
+Dataset = Annotated[
+    str | None, Option(metavar="NAME", rich_help_panel=DATA, help="Data set of the hub, in place of a file.")
+]
+DatasetConfig = Annotated[str | None, Option(metavar="NAME", rich_help_panel=DATA, help="Its configuration.")]
+PromptColumn = Annotated[
+    str, Option(metavar="NAME", rich_help_panel=DATA, help="Column of the prompts; a.b for b inside of a.")
+]
+CompletionColumn = Annotated[str, Option(metavar="NAME", rich_help_panel=DATA, help="Column of the responses.")]
+MaxPromptLength = Annotated[
+    int | None, Option(metavar="N", min=1, rich_help_panel=DATA, help="Cut prompts to so many LLM tokens.")
+]
+MaxNewTokens = Annotated[int, Option(metavar="N", min=1, help="Longest response, in SLM tokens.")]
+NumBeams = Annotated[int, Option(metavar="N", min=1, help="Beams; 1 is greedy.")]
+
+
+# Arguments, loading, output ---------------------------------------------------------------------------------------------
+def integers(option: str, text: str | None) -> int | list[int] | None:
+    """`4` is a number, `4,8` and `4,` are lists. Raises a `ValueError` that names the option."""
+    if text is None:
+        return None
+    try:
+        numbers = [int(number) for number in text.split(",") if number.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise ValueError(f"`--{option}` takes a number or a list of them, such as 4 or 0,5,11, got {text!r}.")
+    return numbers if "," in text else numbers[0]
+
+
+def dtype_name(option: str, dtype: str | None) -> str | None:
+    """The dtype as given. Raises a `ValueError` for what a model can't be loaded in."""
+    names = ("float32", "bfloat16", "float16", "auto")
+    if dtype is not None and dtype not in names:
+        raise ValueError(f"`--{option}` must be one of {', '.join(names)}, got {dtype!r}.")
+    return dtype
+
+
+def hub_arguments(**arguments: Any) -> dict[str, Any]:
+    """Arguments of every loader, without those that are not given."""
+    return {name: value for name, value in arguments.items() if value}
+
+
+def check_reachable(name_or_path: str, **hub: Any) -> str | None:
+    """
+    The `model_type` of a checkpoint.
+
+    Raises:
+        OSError: if it can't be had. transformers does not always say which of several it was.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        return PreTrainedConfig.get_config_dict(name_or_path, **hub)[0].get("model_type")
+    except OSError as error:
+        if Path(name_or_path).exists():
+            raise
+        raise OSError(f"{name_or_path!r} is no folder here, and as a hub id it fails: {error}") from error
+
+
+def check_checkpoint(name_or_path: str, **hub: Any) -> None:
+    """Raise a `ValueError` if it is a checkpoint of another kind of model, an `OSError` if it can't be had."""
+    if (kind := check_reachable(name_or_path, **hub)) != "llm2slm":
+        found = f"a model of type {kind!r}" if kind else "no model at all"
+        raise ValueError(f"{name_or_path!r} is {found}; expected LLM-to-SLM, which `llm2slm compose` makes.")
+
+
+def load(
+    model: str,
+    llm_name_or_path: str | None,
+    llm_dtype: str | None,
+    dtype: str | None,
+    device: str | None,
+    hub: dict[str, Any],
+) -> tuple[LLM2SLMForConditionalGeneration, LLM2SLMProcessor]:
+    """The model on its device, and its processor."""
+    import torch
+
+    from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+    from ..processing_llm2slm import LLM2SLMProcessor
+
+    options: dict[str, Any] = {
+        "llm_name_or_path": llm_name_or_path,
+        "llm_dtype": dtype_name("llm-dtype", llm_dtype),
+        "dtype": dtype_name("dtype", dtype),
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    check_checkpoint(model, **hub)
+    processor = LLM2SLMProcessor.from_pretrained(model, **hub)
+    loaded = LLM2SLMForConditionalGeneration.from_pretrained(model, **options, **hub)
+    if device is None:
+        device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    return loaded.to(device), processor
+
+
+def quiet() -> None:
+    """Leave out what transformers tells while it loads; downloads, which take long, still show their progress."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    enable_progress_bars()
+
+
+def show_numbers(title: str, numbers: dict[str, float]) -> None:
+    """Print a table of names and numbers."""
+    table = Table(
+        "", Column("", justify="right"), title=title, title_justify="left", show_header=False, box=box.SIMPLE
+    )
+    for name, value in numbers.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:,.2f}")
+    Console().print(table)
