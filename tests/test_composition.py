@@ -177,6 +177,16 @@ def test_composing_leaves_both_models_as_they_are(zoo):
             assert torch.equal(parameter, expected[name]), name
 
 
+@torch.no_grad()
+def test_llm_that_computes_its_positions(zoo):
+    """Marian leaves its sinusoidal positions out of its checkpoints: they are not missing, and not random."""
+    folder = zoo.checkpoint("marian", "bpe", "llm")
+    model = compose(folder, zoo.checkpoint("t5", "bpe", "slm"), fusion="replace")
+    ids = torch.tensor([[5, 6, 7, 2]])
+    expected = AutoModelForSeq2SeqLM.from_pretrained(folder).get_encoder()(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(model.model.llm_states(ids, torch.ones_like(ids))[:, :, 0], expected)
+
+
 def test_encoder_decoder_llm_keeps_no_decoder(zoo):
     for family in ("t5", "bart", "t5gemma"):
         folder = zoo.checkpoint(family, "bpe", "llm")

@@ -33,11 +33,14 @@ def keep_checkpoint_keys(module: nn.Module, state_dict: dict[str, Any], prefix: 
 
 def expect_checkpoint_keys(module: nn.Module, incompatible_keys: Any) -> None:
     """Hook after `load_state_dict()`: what a checkpoint does not hold is not missing from it."""
-    named = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-    llm = {name for name in named if not is_checkpoint_key(name)}
-    # Keys come with the prefix that the module has in the model that is loaded.
+    # Every name counts, of tied weights too; keys come with the prefix that the module has in the model that is loaded.
+    named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     missing = incompatible_keys.missing_keys
-    missing[:] = [key for key in missing if key not in llm and key.removeprefix("model.") not in llm]
+    absent = {name for name in named if any(f".{key}".endswith(f".{name}") for key in missing)}
+    # A file holds tied weights once, under one of their names.
+    loaded = {id(tensor) for name, tensor in named.items() if name not in absent}
+    expected = {name for name in absent if not is_checkpoint_key(name) or id(named[name]) in loaded}
+    missing[:] = [key for key in missing if not any(f".{key}".endswith(f".{name}") for name in expected)]
 
 
 def check_loaded(name_or_path: Any, info: Mapping[str, Any]) -> None:

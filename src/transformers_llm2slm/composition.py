@@ -83,7 +83,9 @@ def compose(
         fields, fusion, projector_init = _defaults_of_cut(llm_model, fields, fusion, projector_init)
     elif fields.get("slm_encoder", "keep") == "keep":
         check_can_write(slm_model)
-    fusion = _choose_fusion(fusion, fields, processor, llm_source, slm_source or llm_source, llm_kwargs, slm_kwargs)
+    # An SLM cut from the LLM has its tokenizer.
+    tokenizers = (llm_source, llm_source) if slm_layers is not None else (llm_source, slm_source)
+    fusion = _choose_fusion(fusion, fields, processor, *tokenizers, llm_kwargs, slm_kwargs)
     projector_init = projector_init or "random"
     if projector_init == "zero" and fusion not in ("add", "align"):
         raise ValueError(
@@ -122,7 +124,7 @@ def compose(
         from .fit import fit_projector
 
         if processor is None:
-            processor = _processor(llm_source, slm_source or llm_source, fusion, llm_kwargs, slm_kwargs)
+            processor = _processor(*tokenizers, fusion, llm_kwargs, slm_kwargs)
         fit_projector(model, processor, fit_prompts, target=fit_target, slm=whole_slm)
     return model.eval()
 

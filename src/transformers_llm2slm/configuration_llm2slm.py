@@ -138,7 +138,8 @@ class LLM2SLMConfig(PreTrainedConfig):
         if self.projector_residual and self.llm_hidden_size != self.slm_hidden_size:
             raise ValueError(
                 "`projector_residual=True` needs an LLM and an SLM of equal width, got "
-                f"{self.llm_hidden_size} and {self.slm_hidden_size}. Set `projector_residual=False`."
+                f"{self.llm_hidden_size} and {self.slm_hidden_size}. Set `projector_residual=False`, or compose with "
+                'another `projector_init` than "identity".'
             )
         layers = self.num_llm_layers
         for layer in self.llm_layer if isinstance(self.llm_layer, list) else [self.llm_layer]:

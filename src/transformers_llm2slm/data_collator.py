@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .processing_llm2slm import LLM2SLMProcessor
 
 
@@ -16,6 +17,8 @@ class LLM2SLMDataCollator:
         processor ([`LLM2SLMProcessor`]): The processor of the model.
         max_prompt_length (`int`, *optional*): Prompts are cut to so many LLM tokens; by default to what the models take.
         max_response_length (`int`, *optional*): Completions are cut to so many SLM tokens, end token included.
+        model ([`LLM2SLMForConditionalGeneration`], *optional*): If given, batches hold `decoder_input_ids` too, for
+            trainers that take the labels out of them (label smoothing).
         pad_to_max_length (`bool`, defaults to `False`): Pad every batch to these lengths, for static shapes.
 
     The `Trainer` drops columns that the model's `forward` doesn't name: set `remove_unused_columns=False`.
@@ -26,6 +29,7 @@ class LLM2SLMDataCollator:
         processor: LLM2SLMProcessor,
         max_prompt_length: int | None = None,
         max_response_length: int | None = None,
+        model: LLM2SLMForConditionalGeneration | None = None,
         pad_to_max_length: bool = False,
     ):
         if not isinstance(processor, LLM2SLMProcessor):
@@ -35,6 +39,7 @@ class LLM2SLMDataCollator:
         self.processor = processor
         self.max_prompt_length = max_prompt_length
         self.max_response_length = max_response_length
+        self.model = model
         self.padding: bool | str = "max_length" if pad_to_max_length else True
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -65,7 +70,10 @@ class LLM2SLMDataCollator:
             max_target_length=self.max_response_length,
             return_tensors="pt",
         )
-        return dict(batch)
+        batch = dict(batch)
+        if self.model is not None:
+            batch["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        return batch
 
 
 __all__ = ["LLM2SLMDataCollator"]

@@ -137,10 +137,13 @@ def load_llm(name_or_path: str, config: PreTrainedConfig | None = None, **kwargs
             "`llm_name_or_path=`, a model in memory with `llm_model=`, or go without it with `load_llm=False` (training "
             "on cached states, or writing from prompts encoded elsewhere)."
         ) from error
-    if info["missing_keys"] or info["mismatched_keys"]:
+    # What a family computes and so leaves out of its checkpoints (sinusoidal positions), it names with any prefix.
+    computed = tuple(llm._keys_to_ignore_on_load_missing or ())
+    missing = [key for key in info["missing_keys"] if not any(name.endswith(key) for name in computed)]
+    if missing or info["mismatched_keys"]:
         raise ValueError(
             f"The checkpoint {name_or_path!r} does not hold the whole LLM {type(llm).__name__}: missing "
-            f"{_some(info['missing_keys'])}, of another shape {_some(info['mismatched_keys'])}. Check that "
+            f"{_some(missing)}, of another shape {_some(info['mismatched_keys'])}. Check that "
             "`llm_name_or_path` and its config belong together."
         )
     return freeze(llm)

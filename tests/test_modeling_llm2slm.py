@@ -1,0 +1,596 @@
+"""The model: what it takes and refuses, what it gives, what its checkpoints hold, and SLMs cut from the LLM."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import PROMPTS, RESPONSES, Pair
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from transformers_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from transformers_llm2slm.structure import DroppedModule
+
+KINDS = ["small", "small_causal"]
+FUSED = [  # each fusion with both kinds of SLM
+    Pair("t5", "t5", "add"),
+    Pair("llama", "llama", "add"),
+    Pair("llama", "t5", "replace"),
+    Pair("bert", "gpt2", "replace"),
+    Pair("bert", "t5", "llm-embed"),
+    Pair("t5", "llama", "llm-embed"),
+    Pair("llama", "t5", "align"),
+    Pair("t5", "gpt2", "align"),
+]
+
+
+def make_batch(processor, prompts=PROMPTS, responses=RESPONSES, side="right"):
+    for tokenizer in (processor.tokenizer, processor.llm_tokenizer):
+        tokenizer.padding_side = side
+    return processor(text=prompts, text_target=responses, padding=True, return_tensors="pt")
+
+
+def written_keys(folder):
+    """Every key in the safetensors files of a folder, with its size in bytes."""
+    sizes = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            sizes |= {key: tensors.get_tensor(key).nbytes for key in tensors.keys()}
+    return sizes
+
+
+# The body without a loss -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("slm", ["t5", "mt5", "bart", "marian", "llama", "gpt2", "gemma3", "opt"])
+@torch.no_grad()
+def test_last_hidden_state_gives_the_logits(zoo, slm):
+    """
+    The body's states times the output embeddings, plus a bias where there is one, are the head model's logits, at the
+    response's positions: also where the SLM scales its states first (a tied T5) or projects them (OPT).
+    """
+    model, processor = zoo.compose(Pair("llama", slm, "replace"))
+    if "final_logits_bias" in dict(model.slm.named_buffers()):
+        model.slm.final_logits_bias.normal_()
+    batch = make_batch(processor)
+    labels = batch.pop("labels")
+    decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels)
+    states = model.model(**batch, decoder_input_ids=decoder_input_ids).last_hidden_state
+    assert states.shape[:2] == labels.shape
+    head = model.get_output_embeddings()
+    logits = states @ head.weight.T
+    if head.bias is not None:
+        logits += head.bias
+    logits += dict(model.slm.named_buffers()).get("final_logits_bias", 0)
+    expected = model(**batch, labels=labels).logits
+    if (cap := getattr(model.slm.config, "final_logit_softcapping", None)) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_body_without_response_predicts_the_first_token(request, kind):
+    model, processor = request.getfixturevalue(kind)
+    batch = make_batch(processor)
+    labels = batch.pop("labels")
+    first = model.model(**batch, use_cache=True)
+    assert first.last_hidden_state.shape[1] == 1 and first.past_key_values.get_seq_length() > 0
+    whole = model.model(**batch, decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels))
+    torch.testing.assert_close(first.last_hidden_state[:, 0], whole.last_hidden_state[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(**batch).logits[:, 0], model(**batch, labels=labels).logits[:, 0])
+    assert whole.past_key_values is None
+
+
+# Outputs -----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_outputs_that_are_asked_for(request, kind):
+    model, processor = request.getfixturevalue(kind)
+    batch = make_batch(processor)
+    plain = model(**batch)
+    assert plain.past_key_values is None and plain.hidden_states is None and plain.attentions is None
+
+    outputs = model(**batch, output_hidden_states=True)
+    causal = kind == "small_causal"
+    prompt_length = batch["slm_input_ids"].shape[1] if causal else 0
+    length = prompt_length + batch["labels"].shape[1] - causal
+    num_layers = len(outputs.hidden_states) - 1
+    assert num_layers == (3 if causal else 2)
+    assert all(state.shape[:2] == (3, length) for state in outputs.hidden_states)
+    cached = model(**batch, use_cache=True).past_key_values
+    assert cached.get_seq_length() == length
+
+    model.slm.set_attn_implementation("eager")
+    attentions = model(**batch, output_attentions=True).attentions
+    assert len(attentions) == num_layers and attentions[0].shape == (3, 4, length, length)
+    torch.testing.assert_close(attentions[0].sum(dim=-1)[:, :, -1], torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_return_dict_false_gives_a_tuple(request, kind):
+    model, processor = request.getfixturevalue(kind)
+    batch = make_batch(processor)
+    outputs = model(**batch)
+    loss, logits = model(**batch, return_dict=False)
+    assert torch.equal(loss, outputs.loss) and torch.equal(logits, outputs.logits)
+    model.config.return_dict = False
+    assert type(model(**batch)) is tuple
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_labels_with_an_encoded_prompt(request, kind):
+    """A prompt that was encoded before scores a response as the whole batch does, and the LLM may be gone by then."""
+    model, processor = request.getfixturevalue(kind)
+    batch = make_batch(processor)
+    expected = model(**batch)
+    labels = batch.pop("labels")
+    prompt = model.encode_prompt(**batch)
+    model.model.attach_llm(None)
+    outputs = model(prompt=prompt, labels=labels)
+    torch.testing.assert_close(outputs.logits, expected.logits, rtol=0, atol=0)
+    torch.testing.assert_close(outputs.loss, expected.loss, rtol=0, atol=0)
+
+
+def test_gradient_reaches_the_projector_through_an_encoded_prompt(small):
+    model, processor = small
+    batch = make_batch(processor)
+    labels = batch.pop("labels")
+    model(prompt=model.encode_prompt(**batch), labels=labels).loss.backward()
+    assert model.projector.layers[0].weight.grad.abs().max() > 0
+
+
+# Padding and masks -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_mask_may_be_boolean(request, kind):
+    model, processor = request.getfixturevalue(kind)
+    batch = make_batch(processor, side="left")
+    expected = model(**batch).logits
+    masks = {name: mask.bool() for name, mask in batch.items() if name.endswith("attention_mask")}
+    torch.testing.assert_close(model(**{**batch, **masks}).logits, expected, rtol=0, atol=0)
+
+
+# Cached states of the LLM ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("llm_layer", [-1, [0, 1, -1]], ids=str)
+@pytest.mark.parametrize("pair", FUSED, ids=str)
+@torch.no_grad()
+def test_cached_states_stand_for_the_llm(zoo, tmp_path, pair, llm_layer, side):
+    """States from the LLM, padded on any side, give the live LLM's logits, also to a model that was loaded without it."""
+    model, processor = zoo.compose(pair, llm_layer=llm_layer)
+    if isinstance(llm_layer, list):
+        model.projector.layer_weights.normal_()
+    batch = make_batch(processor)
+    expected = model(**batch).logits
+    states = model.model.llm_states(batch["input_ids"], batch["attention_mask"])
+    num_states = (3 if isinstance(llm_layer, list) else 1) + (pair.fusion == "llm-embed")
+    assert states.shape == (*batch["input_ids"].shape, num_states, model.config.llm_hidden_size)
+
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    width = states.shape[1]
+    cached = torch.full_like(states, float("nan"))  # what stands in the padding must not matter
+    for row, length in enumerate(lengths):
+        place = slice(width - length, None) if side == "left" else slice(length)
+        cached[row, place] = states[row, :length]
+    cached = cached.nan_to_num(1e3)
+    inputs = make_batch(processor, side=side)
+    if pair.fusion != "add":
+        del inputs["input_ids"]
+    model.save_pretrained(tmp_path)
+    without_llm = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path, load_llm=False)
+    for scorer in (model, without_llm):
+        logits = scorer(**inputs, llm_hidden_states=cached).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+        if num_states == 1:
+            logits = scorer(**inputs, llm_hidden_states=cached[:, :, 0]).logits
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_cached_states_may_be_in_another_dtype(zoo):
+    model, processor = zoo.compose(Pair("llama", "t5", "llm-embed"))
+    batch = make_batch(processor)
+    states = model.model.llm_states(batch["input_ids"], batch["attention_mask"]).to(torch.bfloat16)
+    expected = model(**batch, llm_hidden_states=states.float()).logits
+    torch.testing.assert_close(model(**batch, llm_hidden_states=states).logits, expected, rtol=0, atol=0)
+
+
+def test_wrong_cached_states_are_errors(zoo):
+    model, processor = zoo.compose(Pair("llama", "t5", "add", (("llm_layer", (0, -1)),)))
+    batch = make_batch(processor)
+    batch, size = dict(batch), tuple(batch["input_ids"].shape)
+    wrong = [
+        (torch.zeros(*size, 2, 50), "takes 2 LLM state.* of width 48 for each token, got 2 of width 50"),
+        (torch.zeros(*size, 48), "takes 2 LLM state.* of width 48 for each token, got 1 of width 48"),
+        (torch.zeros(*size, 3, 48), "takes 2 LLM state.* of width 48 for each token, got 3 of width 48"),
+        (torch.zeros(size[0], size[1] - 1, 2, 48), "one length, but .*`llm_hidden_states` is of shape"),
+        (torch.zeros(*size), r"`llm_hidden_states` must be of shape .*llm_hidden_size\), got \(3, [0-9]+\)"),
+    ]
+    for states, text in wrong:
+        with pytest.raises(ValueError, match=text):
+            model(**batch, llm_hidden_states=states)
+    del batch["input_ids"]
+    with pytest.raises(ValueError, match='`fusion="add"` needs `input_ids` beside `llm_hidden_states`'):
+        model(**batch, llm_hidden_states=torch.zeros(*size, 2, 48))
+
+
+# What is refused ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("call", ["forward", "generate", "encode_prompt"])
+def test_prompts_that_are_refused(small, call):
+    """Forward, generate and encode_prompt refuse the same prompts, and say which and why."""
+    model, processor = small
+    read = getattr(model, call)
+    batch = make_batch(processor)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with pytest.raises(ValueError, match="There is no prompt: pass `input_ids`"):
+        read()
+    with pytest.raises(ValueError, match=r"holds the LLM's padding token \(0\) but there is no `attention_mask`"):
+        read(input_ids=ids)
+    with pytest.raises(ValueError, match="The prompt is empty: the LLM needs at least one token to read"):
+        read(input_ids=ids[:, :0], attention_mask=mask[:, :0])
+    emptied = mask.clone()
+    emptied[1] = 0
+    with pytest.raises(ValueError, match="Prompt 1 of the batch is empty"):
+        read(input_ids=ids, attention_mask=emptied)
+    for bad in (320, -1):
+        foreign = ids.clone()
+        foreign[2, 0] = bad
+        with pytest.raises(
+            ValueError, match=f"`input_ids` holds token {bad}, but the LLM's vocabulary has 320 tokens"
+        ):
+            read(input_ids=foreign, attention_mask=mask)
+    with pytest.raises(
+        ValueError, match=r"one length, but `input_ids` is of shape \(3, [0-9]+\), `attention_mask` is of"
+    ):
+        read(input_ids=ids, attention_mask=mask[:, 1:])
+    with pytest.raises(
+        ValueError, match=r"`input_ids` must be of shape \(batch_size, prompt_length\), got \([0-9]+,\)"
+    ):
+        read(input_ids=ids[0])
+
+
+def test_align_needs_both_views(small_causal):
+    model, processor = small_causal
+    batch = make_batch(processor)
+    with pytest.raises(
+        ValueError, match="This batch lacks `slm_input_ids` and `alignment`. Make it with `LLM2SLMProc"
+    ):
+        model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    del batch["alignment"]
+    with pytest.raises(ValueError, match="This batch lacks `alignment`"):
+        model(**batch)
+
+
+def test_prompts_longer_than_the_models_take(zoo):
+    """The error names the model that can't take it, and its limit; positions kept for padding are not counted."""
+    cases = [
+        (Pair("bert", "t5", "replace"), "LLM", "BertModel", 128),
+        (Pair("roberta", "t5", "replace"), "LLM", "RobertaModel", 127),
+        (Pair("t5", "gpt2", "replace"), "SLM", "GPT2LMHeadModel", 128),
+        (Pair("t5", "bart", "replace"), "SLM", "BartForConditionalGeneration", 128),
+    ]
+    for pair, part, name, limit in cases:
+        model, _ = zoo.compose(pair)
+        ids = torch.full((1, limit), 5)
+        assert model.encode_prompt(ids).prompt_states.shape[1] == limit
+        text = rf"The prompt is {limit + 1} tokens long .*the {part} \({name}\) takes at most {limit}\. Shorten it"
+        for read in (model.encode_prompt, model.forward, model.generate):
+            with pytest.raises(ValueError, match=text):
+                read(torch.full((1, limit + 1), 5))
+
+
+def test_prompt_and_response_longer_than_the_slm_takes(small_causal):
+    model, processor = small_causal
+    batch = make_batch(processor, PROMPTS[:1], RESPONSES[:1])
+    room = 128 - batch["slm_input_ids"].shape[1]
+    batch["labels"] = torch.full((1, room + 1), 5)
+    assert model(**batch).logits.shape[1] == room + 1
+    batch["labels"] = torch.full((1, room + 2), 5)
+    with pytest.raises(ValueError, match=r"are 129 tokens long .*the SLM \(LlamaForCausalLM\) takes at most 128"):
+        model(**batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_that_are_refused(request, kind):
+    model, processor = request.getfixturevalue(kind)
+    batch = make_batch(processor)
+    for token in (320, 5000, -1, -101):
+        labels = batch["labels"].clone()
+        labels[0, 1] = token
+        with pytest.raises(ValueError, match=f"`labels` holds token {token}, but the SLM's vocabulary has 320 tokens"):
+            model(**{**batch, "labels": labels})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_the_llm(request, kind, tmp_path):
+    """A model loaded without its LLM says what to give it, and what of it is held is projector and SLM."""
+    model, processor = request.getfixturevalue(kind)
+    model.save_pretrained(tmp_path)
+    loaded = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path, load_llm=False)
+    assert loaded.llm is None
+    assert [name for name, _ in loaded.named_parameters()] == [
+        name for name, _ in model.named_parameters() if not name.startswith("model.llm.")
+    ]
+    batch = make_batch(processor)
+    text = "loaded without its LLM .* can't read a prompt. Pass `llm_hidden_states=` .* or `prompt=`"
+    for read in (loaded.forward, loaded.generate):
+        with pytest.raises(ValueError, match=text):
+            read(**batch)
+    with pytest.raises(ValueError, match="`save_llm=True` needs the LLM"):
+        loaded.save_pretrained(tmp_path / "again", save_llm=True)
+
+
+# State dicts and checkpoints ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dict_is_without_the_llm(request, kind):
+    model, _ = request.getfixturevalue(kind)
+    held = {name for name, _ in model.named_parameters() if not name.startswith("model.llm.")}
+    state_dict = model.state_dict()
+    assert held <= set(state_dict)
+    assert {key.split(".")[1] for key in state_dict} == {"projector", "slm"}
+    assert {key.split(".")[0] for key in model.model.state_dict()} == {"projector", "slm"}
+    wrapped = nn.Sequential(model).state_dict()
+    assert set(wrapped) == {f"0.{key}" for key in state_dict}
+
+
+@pytest.mark.parametrize(
+    "kind, wrapping",
+    [
+        ("small", "none"),
+        ("small", "body"),
+        ("small", "sequential"),
+        ("small_causal", "none"),
+        ("small_causal", "body"),
+        ("small_causal", "sequential"),
+    ],
+)
+def test_state_dict_is_loaded_strictly(request, kind, wrapping):
+    """With the LLM attached, its keys are not missing, wherever the model lies; those of projector and SLM would be."""
+    model, _ = request.getfixturevalue(kind)
+    llm = {name: parameter.clone() for name, parameter in model.llm.named_parameters()}
+    state_dict = {key: value + 1 for key, value in model.state_dict().items()}
+    target, keys = {
+        "none": (model, state_dict),
+        "body": (model.model, {key.removeprefix("model."): value for key, value in state_dict.items()}),
+        "sequential": (nn.Sequential(model), {f"0.{key}": value for key, value in state_dict.items()}),
+    }[wrapping]
+    result = target.load_state_dict(keys, strict=True)
+    assert result.missing_keys == [] and result.unexpected_keys == []
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state_dict[name]), name
+    for name, parameter in model.llm.named_parameters():
+        assert torch.equal(parameter, llm[name])
+
+    key = next(key for key in keys if key.endswith("projector.layers.0.weight"))
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{key}"'):
+        target.load_state_dict({k: v for k, v in keys.items() if k != key}, strict=True)
+
+
+def test_save_drops_what_is_the_llms(small, tmp_path):
+    """A state dict from elsewhere (a training framework's) may hold the LLM; a checkpoint never does."""
+    model, processor = small
+    foreign = {**model.state_dict(), **{f"model.llm.{name}": p for name, p in model.llm.named_parameters()}}
+    assert len(foreign) > len(model.state_dict())
+    model.save_pretrained(tmp_path, state_dict=foreign)
+    keys = written_keys(tmp_path)
+    assert keys and not any(".llm." in key for key in keys)
+    batch = make_batch(processor)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards(request, kind, tmp_path):
+    model, processor = request.getfixturevalue(kind)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    files = list(tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 2 and not (tmp_path / "model.safetensors").exists()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(written_keys(tmp_path))
+    loaded = AutoModel.from_pretrained(tmp_path)
+    for (name, parameter), expected in zip(loaded.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(parameter, expected), name
+    batch = make_batch(processor)
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("llm", ["t5", "bart", "bert", "llama", "gpt2"])
+def test_self_contained_checkpoint(zoo, tmp_path, llm):
+    """`save_llm=True` puts what reads into `llm/`, no decoder; the model then loads when the LLM's own folder is gone."""
+    pair = Pair(llm, "t5", "replace")
+    source, slm = zoo.sources(pair)
+    shutil.copytree(source, tmp_path / "source")
+    torch.manual_seed(0)
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(tmp_path / "source", slm, fusion="replace")
+    processor = LLM2SLMProcessor.from_llm_slm_pretrained(tmp_path / "source", slm, fusion="replace")
+    batch = make_batch(processor)
+    logits = model(**batch).logits
+    model.save_pretrained(tmp_path / "slim")
+    model.save_pretrained(tmp_path / "whole", save_llm=True)
+    shutil.rmtree(tmp_path / "source")
+
+    with pytest.raises(OSError, match="could not be loaded"):
+        AutoModel.from_pretrained(tmp_path / "slim")
+    loaded = AutoModel.from_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(loaded(**batch).logits, logits, rtol=0, atol=1e-6)
+    held = written_keys(tmp_path / "whole" / "llm")
+    body = model.llm.get_encoder() if model.llm.config.is_encoder_decoder else model.llm
+    assert sum(held.values()) == sum(parameter.nbytes for parameter in body.parameters())
+    assert not any("decoder" in key or "lm_head" in key for key in held)
+    assert written_keys(tmp_path / "whole") == written_keys(tmp_path / "slim")
+
+    # Saved slim again, it names no folder that is gone.
+    loaded.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "llm").exists()
+    again = AutoModel.from_pretrained(tmp_path / "again", llm_model=loaded.llm)
+    torch.testing.assert_close(again(**batch).logits, logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resize_token_embeddings(request, kind, tmp_path):
+    """The SLM's vocabulary grows, the LLM's does not; new tokens can be scored, saved and loaded."""
+    model, processor = request.getfixturevalue(kind)
+    batch = make_batch(processor)
+    logits = model(**batch).logits.detach()
+    model.resize_token_embeddings(333, mean_resizing=False)
+    assert model.config.vocab_size == model.config.slm_config.vocab_size == 333
+    assert model.get_input_embeddings().num_embeddings == 333
+    assert model.llm.get_input_embeddings().num_embeddings == model.config.llm_config.vocab_size == 320
+    torch.testing.assert_close(model(**batch).logits[..., :320], logits, rtol=0, atol=1e-5)
+    batch["labels"][0, 0] = 332
+    loss = model(**batch).loss
+    loss.backward()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(**batch).loss, loss, rtol=0, atol=1e-6)
+
+
+# SLMs cut from the LLM ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mistral", "phi3"])
+@torch.no_grad()
+def test_cut_decoder_goes_on_where_the_llm_stops(zoo, tmp_path, family, layers):
+    """
+    Untrained, the SLM of the LLM's top k layers has the LLM's own states over the prompt in each of its layers, and so
+    its keys and values; its first token is the LLM's own.
+    """
+    llm = zoo.checkpoint(family, "bpe", "llm")
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm_layers=layers)
+    processor = LLM2SLMProcessor.from_llm_slm_pretrained(llm)
+    config = model.config
+    assert (config.fusion, config.projector_init, config.llm_layer) == ("replace", "identity", 3 - layers)
+    assert config.slm_layers == list(range(3 - layers, 3))
+    assert config.get_text_config().num_hidden_layers == layers
+
+    batch = make_batch(processor, side="left")
+    labels = batch.pop("labels")
+    expected = model.llm(**batch, output_hidden_states=True).hidden_states[-layers - 1 :]
+    prompt = model.encode_prompt(**batch)
+    states = model.slm(**model.model.slm_inputs(prompt, None), output_hidden_states=True).hidden_states
+    real = batch["attention_mask"].bool()
+    assert len(states) == len(expected) == layers + 1
+    for ours, theirs in zip(states, expected, strict=True):
+        torch.testing.assert_close(ours[real], theirs[real], rtol=0, atol=1e-5)
+    whole = AutoModelForCausalLM.from_pretrained(llm)
+    first = whole(**batch).logits[:, -1]
+    torch.testing.assert_close(model(**batch, labels=labels).logits[:, 0], first, rtol=0, atol=1e-4)
+
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    batch["labels"] = labels
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family, layers", [("gpt2", [0, 2]), ("gpt-neo", [1, 3]), ("gpt-neo", 3)])
+@torch.no_grad()
+def test_cut_layers_compute_what_they_did(zoo, tmp_path, family, layers):
+    """
+    Any choice of layers, with what is listed layer by layer (GPT-Neo's attention types), saved and loaded too: each gives
+    what the LLM's own layer gives for the same input. These families add learned positions to every input.
+    """
+    llm = zoo.checkpoint(family, "bpe", "llm")
+    composed = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm_layers=layers)
+    composed.save_pretrained(tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(llm)
+    chosen = composed.config.slm_layers
+    assert chosen == ([1, 2, 3] if layers == 3 else layers)
+    hidden = torch.randn(1, 20, 32)
+    positions = torch.arange(20)[None]
+    for model in (composed, LLM2SLMForConditionalGeneration.from_pretrained(tmp_path)):
+        if family == "gpt-neo":
+            types = [whole.config.attention_layers[layer] for layer in chosen]
+            assert model.slm.config.attention_layers == types
+            assert [block.attn.attention_type for block in model.slm.transformer.h] == types
+        assert torch.equal(model.slm.transformer.wte.weight, whole.transformer.wte.weight)
+        states = model.slm(inputs_embeds=hidden, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(states[0], hidden + whole.transformer.wpe(positions), rtol=0, atol=1e-6)
+        reference = copy.deepcopy(whole)
+        reference.transformer.h = nn.ModuleList(reference.transformer.h[layer] for layer in chosen)
+        expected = reference(inputs_embeds=hidden).logits
+        torch.testing.assert_close(model.slm(inputs_embeds=hidden).logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5", "bart", "pegasus", "t5gemma"])
+@pytest.mark.parametrize("layers", [1, [1, 0], [-1]], ids=str)
+@torch.no_grad()
+def test_cut_encoder_decoder(zoo, tmp_path, family, layers):
+    """An enc-dec LLM's encoder reads, and the chosen layers of its decoder write; the SLM has no encoder of its own."""
+    llm = zoo.checkpoint(family, "bpe", "llm")
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm_layers=layers)
+    processor = LLM2SLMProcessor.from_llm_slm_pretrained(llm)
+    whole = AutoModelForSeq2SeqLM.from_pretrained(llm)
+    total = len(getattr(whole.get_decoder(), "block", None) or whole.get_decoder().layers)
+    chosen = {"1": [0], "[1, 0]": [1, 0], "[-1]": [total - 1]}[str(layers)]
+    config = model.config
+    assert (config.slm_layers, config.slm_encoder, config.fusion) == (chosen, "skip", "replace")
+    assert (config.projector_init, config.llm_layer) == ("identity", -1)
+    assert isinstance(model.slm.get_encoder(), DroppedModule)
+    name = "block" if family in ("t5", "mt5") else "layers"
+    ours, theirs = getattr(model.slm.get_decoder(), name), getattr(whole.get_decoder(), name)
+    assert len(ours) == len(chosen)
+    for layer, origin in zip(ours, chosen, strict=True):
+        expected = dict(theirs[origin].named_parameters())
+        for key, parameter in layer.named_parameters():
+            if "relative_attention_bias" in key:  # only a first layer has one
+                expected[key] = dict(theirs[0].named_parameters())[key]
+            assert torch.equal(parameter, expected[key]), key
+    if family in ("t5", "mt5"):
+        assert "layer.0.SelfAttention.relative_attention_bias.weight" in dict(ours[0].named_parameters())
+
+    # Untrained it is the LLM with fewer layers: the same as taking them out of the LLM itself.
+    batch = make_batch(processor)
+    keep = nn.ModuleList(copy.deepcopy(theirs[origin]) for origin in chosen)
+    if family in ("t5", "mt5"):
+        bias = theirs[0].layer[0].SelfAttention.relative_attention_bias
+        for index, layer in enumerate(keep):
+            layer.layer[0].SelfAttention.has_relative_attention_bias = index == 0
+            layer.layer[0].SelfAttention.relative_attention_bias = bias
+            layer.layer[0].SelfAttention.layer_idx = layer.layer[1].EncDecAttention.layer_idx = index
+    setattr(whole.get_decoder(), name, keep)
+    if family == "t5gemma":
+        decoder = whole.get_decoder().config
+        decoder.layer_types = [decoder.layer_types[origin] for origin in chosen]
+        decoder.num_hidden_layers = len(chosen)
+    expected = whole(**batch, use_cache=False).logits
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(**batch).logits, expected, rtol=0, atol=1e-4)
+    tokens = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=4)
+    again = loaded.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=4)
+    assert tokens.tolist() == again.tolist()
+
+
+def test_cut_from_a_model_in_memory(zoo):
+    """The SLM has its own copy of the weights: training it leaves the LLM as it is."""
+    llm = AutoModelForCausalLM.from_pretrained(zoo.checkpoint("llama", "bpe", "llm"))
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm_layers=2)
+    assert model.llm.layers[2].mlp.up_proj.weight is llm.model.layers[2].mlp.up_proj.weight
+    pointers = {parameter.data_ptr() for parameter in llm.parameters()}
+    assert not any(parameter.data_ptr() in pointers for parameter in model.slm.parameters())
+    assert all(parameter.requires_grad for parameter in model.slm.parameters())
+
+
+def test_cuts_that_are_refused(zoo):
+    compose = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained
+    llm, seq2seq = zoo.checkpoint("llama", "bpe", "llm"), zoo.checkpoint("bart", "bpe", "llm")
+    for source, layers in ((llm, 0), (llm, 4), (seq2seq, 4)):
+        with pytest.raises(ValueError, match=rf"`slm_layers` must lie in \[1, 3\] .* 3 decoder layers, got {layers}"):
+            compose(source, slm_layers=layers)
+    for layers in ([], [0, 3], [-4]):
+        with pytest.raises(
+            ValueError, match=r"`slm_layers` must name layers in \[0, 2\] of the LLM's decoder, got \["
+        ):
+            compose(llm, slm_layers=layers)
+    body = AutoModel.from_pretrained(llm)
+    with pytest.raises(ValueError, match="can't be cut from a LlamaModel: it has no LM head.*as AutoModelForCausalLM"):
+        compose(body, slm_layers=1)
+    for arguments in ({}, {"slm": llm, "slm_layers": 1}):
+        with pytest.raises(ValueError, match="either an SLM, or `slm_layers` to cut one from the LLM, and not both"):
+            compose(llm, **arguments)
