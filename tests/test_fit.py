@@ -9,7 +9,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from transformers_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from transformers_llm2slm.alignment import align_tokens
-from transformers_llm2slm.fit import fit_projector
+from transformers_llm2slm.fit import fit_projector, fit_slm_embeddings
 from transformers_llm2slm.structure import embed_tokens
 
 # Enough different tokens that no linear map fits them by their small number.
@@ -236,3 +236,32 @@ def test_errors(small_causal, zoo):
     model.model.attach_llm(None)
     with pytest.raises(ValueError, match="loaded without its LLM"):
         fit_projector(model, processor, FIT_PROMPTS)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # Gemma scales its embeddings
+@torch.no_grad()
+def test_embeddings_of_a_cut_slm_start_in_the_space_of_its_layer(zoo, family, tmp_path):
+    """A token's embedding becomes the mean of its states; the head keeps what it had; the checkpoint holds both."""
+    llm = zoo.checkpoint(family, "bpe", "llm")
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm_layers=1)
+    processor = LLM2SLMProcessor.from_llm_slm_pretrained(llm)
+    head = model.get_output_embeddings().weight.clone()
+    fit_slm_embeddings(model, processor, FIT_PROMPTS, prior=1e-6)
+    embeddings = embed_tokens(model.slm, torch.arange(model.config.vocab_size))
+    ids = [processor(text=prompt)["input_ids"] for prompt in FIT_PROMPTS]
+    token = max({t for row in ids for t in row}, key=lambda t: sum(row[1:].count(t) for row in ids))
+    states = []
+    for row in ids:
+        row = torch.tensor([row])
+        of_row = model.model.llm_states(row, torch.ones_like(row))[0, :, 0]
+        states += [of_row[place] for place in range(1, row.shape[1]) if row[0, place] == token]
+    torch.testing.assert_close(embeddings[token], torch.stack(states).mean(dim=0), rtol=1e-3, atol=1e-3)
+    assert torch.equal(model.get_output_embeddings().weight, head)
+    unseen = next(t for t in range(model.config.vocab_size) if all(t not in row for row in ids))
+    assert embeddings[unseen].isfinite().all() and not torch.equal(embeddings[unseen], head[unseen])
+    model.save_pretrained(tmp_path)
+    loaded = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(embed_tokens(loaded.slm, torch.arange(model.config.vocab_size)), embeddings)
+    assert torch.equal(loaded.get_output_embeddings().weight, head)
+    with pytest.raises(ValueError, match="compose the model with `slm_layers="):
+        fit_slm_embeddings(*zoo.compose(Pair("llama", "t5", "replace")), FIT_PROMPTS)

@@ -5,6 +5,7 @@ Importing this package registers its model with the Auto classes and the task `t
 
 from .configuration_llm2slm import LLM2SLMConfig
 from .data_collator import LLM2SLMDataCollator
+from .fit import fit_projector, fit_slm_embeddings
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMModel, LLM2SLMOutput
 from .processing_llm2slm import LLM2SLMProcessor
 from .projector import LLM2SLMProjector
@@ -24,4 +25,6 @@ __all__ = [
     "LLM2SLMProcessor",
     "LLM2SLMProjector",
     "LLM2SLMPrompt",
+    "fit_projector",
+    "fit_slm_embeddings",
 ]

@@ -1,4 +1,4 @@
-"""Where a projector starts in closed form: ridge regression from the LLM's states to inputs that the SLM knows."""
+"""Starts in closed form: of a projector, so that the SLM gets inputs that it knows, and of a cut SLM's embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .alignment import align_tokens
-from .structure import accepts, embed_tokens, reader
+from .structure import accepts, embed_tokens, embedding_scale, move_padding, reader
 
 if TYPE_CHECKING:
     from .modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -82,6 +82,61 @@ def fit_projector(
     explained = 1 - error / variance if variance > 0 else 1.0
     logger.info(f"Projector fitted on {count} tokens of {len(prompts)} prompts: R squared {explained:.3f}.")
     return explained
+
+
+@torch.no_grad()
+def fit_slm_embeddings(
+    model: LLM2SLMForConditionalGeneration,
+    processor: LLM2SLMProcessor,
+    prompts: Sequence[str],
+    prior: float = 10.0,
+    ridge: float = 0.01,
+    batch_size: int = 16,
+) -> None:
+    """
+    Start the input embeddings of an SLM cut from the LLM's upper layers where those layers expect them.
+
+    Over the prompt such an SLM gets the LLM's states at the layer where it was cut. The tokens that it writes come as
+    bare embeddings, which are many times shorter and point elsewhere. So each token gets the mean of its states in some
+    prompts, drawn (with the weight of `prior` tokens) to a ridge regression of these means on the embeddings, which also
+    serves the tokens of no prompt. The LM head keeps the embeddings as they were: the two are no longer tied.
+
+    Args:
+        model: A model with its LLM, and an SLM cut from it (`slm_layers=`) whose projector starts as the identity.
+        processor: Its processor.
+        prompts (`Sequence[str]`): A few hundred prompts like those of the task.
+        prior (`float`, defaults to 10): Weight of the regression against a token's own mean, in tokens.
+        ridge (`float`, defaults to 0.01): Regularisation, relative to the mean square of the embeddings.
+        batch_size (`int`, defaults to 16): Prompts at a time.
+
+    Raises:
+        ValueError: if the SLM was not cut from its LLM.
+    """
+    if model.config.slm_layers is None or model.llm is None or model.slm.config.is_encoder_decoder:
+        raise ValueError(
+            "`fit_slm_embeddings` starts a decoder-only SLM cut from its LLM: compose the model with `slm_layers=`."
+        )
+    embedding = model.slm.get_input_embeddings()
+    embeddings = embedding.weight.detach().float()
+    sums, counts = torch.zeros_like(embeddings), embeddings.new_zeros(len(embeddings), 1)
+    prompts = sorted(prompts, key=len)
+    for start in range(0, len(prompts), batch_size):
+        batch = processor(text=prompts[start : start + batch_size], padding=True, truncation=True, return_tensors="pt")
+        ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
+        ids, mask = (move_padding(tensor, mask, "right") for tensor in (ids, mask))
+        real = mask.bool()
+        real[:, 0] = False  # a first token's state is like no other: much of the attention rests on it
+        states = model.projector(model.model.llm_states(ids, mask).to(model.device))[real].float()
+        sums.index_add_(0, ids[real], states)
+        counts.index_add_(0, ids[real], counts.new_ones(len(states), 1))
+    seen, features = counts[:, 0] > 0, nn.functional.pad(embeddings, (0, 1), value=1.0)
+    weighted, goals = features[seen] * counts[seen].sqrt(), sums[seen] / counts[seen].sqrt()
+    products = weighted.T @ weighted
+    products += ridge * products.diagonal().mean() * torch.eye(len(products), device=products.device)
+    fitted = features @ torch.linalg.solve(products, weighted.T @ goals)
+    weight = (sums + prior * fitted) / (counts + prior) / embedding_scale(model.slm)
+    embedding.weight = nn.Parameter(weight.to(embedding.weight.dtype))
+    model.slm.config.tie_word_embeddings = False
 
 
 def _pairs(

@@ -90,6 +90,12 @@ def embed_tokens(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tenso
     return embeds if scale == 1.0 else embeds * scale
 
 
+def embedding_scale(model: PreTrainedModel) -> float:
+    """The factor between the rows of the embedding matrix and what [`embed_tokens`] gives."""
+    part = reader(model)
+    return float(getattr(part.get_input_embeddings(), "embed_scale", getattr(part, "embed_scale", 1.0)))
+
+
 def position_limit(config: PreTrainedConfig, model: nn.Module | None = None) -> int | None:
     """
     The longest sequence in tokens that a model of this (text) configuration takes, `None` where there is no limit.
