@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig, encoder_text_config
-from .loading import HUB_ARGUMENTS, adopt_llm, llm_fingerprint, load_llm
+from .loading import HUB_ARGUMENTS, adopt_llm, llm_fingerprint, load_llm, location
 
 if TYPE_CHECKING:
     from .modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -119,9 +119,8 @@ def attach_pretrained_llm(
 
 
 def _load_checked(config: LLM2SLMConfig, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
-    where = {key: value for key, value in arguments.items() if key in (*HUB_ARGUMENTS, "revision", "subfolder")}
     try:
-        llm_config = AutoConfig.from_pretrained(name, **where)
+        llm_config = AutoConfig.from_pretrained(name, **location(arguments))
     except (OSError, ValueError):
         return load_llm(name, **arguments)  # says what is wrong, and what to do
     check_llm_config(config, llm_config, repr(name))

@@ -24,6 +24,7 @@ from .loading import (
     llm_fingerprint,
     load_llm,
     load_slm,
+    location,
     quantization_of,
     resolved_commit,
     slm_auto_class,
@@ -218,8 +219,7 @@ def tokenizers_equal(first: Any, second: Any) -> bool:
 
 def load_tokenizer(name_or_path: str, kwargs: Mapping[str, Any]) -> Any:
     """The tokenizer of a repository, with those of the loading arguments that concern it."""
-    names = (*HUB_ARGUMENTS, "revision", "subfolder", "trust_remote_code", "config")
-    return AutoTokenizer.from_pretrained(name_or_path, **{key: kwargs[key] for key in names if key in kwargs})
+    return AutoTokenizer.from_pretrained(name_or_path, **location(kwargs, "trust_remote_code", "config"))
 
 
 def _processor(

@@ -33,11 +33,17 @@ from .structure import DroppedModule, drop_module, layer_list, position_limit
 
 # Arguments of `from_pretrained` that say where files come from; they reach every loader unless given for one part.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
+REMOTE_CODE_ARGUMENTS = ("trust_remote_code", "code_revision")
 
 
 def take_prefixed(kwargs: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Pop the arguments whose names start with `prefix`; return them without it."""
     return {key[len(prefix) :]: kwargs.pop(key) for key in list(kwargs) if key.startswith(prefix)}
+
+
+def location(kwargs: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """Those of the arguments of a `from_pretrained` that say where files come from, and any of the names in `more`."""
+    return {key: value for key, value in kwargs.items() if key in (*HUB_ARGUMENTS, "revision", "subfolder", *more)}
 
 
 def resolved_commit(name_or_path: str, revision: str | None, hub: Mapping[str, Any]) -> str | None:
@@ -117,11 +123,9 @@ def load_llm(name_or_path: str, config: PreTrainedConfig | None = None, **kwargs
         OSError: if it can't be reached; the text says how to go on without it.
         ValueError: if its checkpoint lacks weights.
     """
-    config_kwargs = {key: value for key, value in kwargs.items() if key in (*HUB_ARGUMENTS, "revision", "subfolder")}
     try:
         if config is None:
-            remote = {k: v for k, v in kwargs.items() if k in ("trust_remote_code", "code_revision")}
-            config = AutoConfig.from_pretrained(name_or_path, **config_kwargs, **remote)
+            config = AutoConfig.from_pretrained(name_or_path, **location(kwargs, *REMOTE_CODE_ARGUMENTS))
         # A copy, as a model may change the config it is given, and another model's loading must not see it.
         config = copy.deepcopy(config)
         if kwargs.get("trust_remote_code") and type(config) not in MODEL_MAPPING:
@@ -220,9 +224,7 @@ def slm_auto_class(config: PreTrainedConfig) -> Any:
 
 def load_slm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """Load the SLM with its LM head. Raises a `ValueError` if its checkpoint lacks weights."""
-    where = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "revision", "subfolder") if key in kwargs}
-    remote = {key: kwargs[key] for key in ("trust_remote_code", "code_revision") if key in kwargs}
-    config = AutoConfig.from_pretrained(name_or_path, **where, **remote)
+    config = AutoConfig.from_pretrained(name_or_path, **location(kwargs, *REMOTE_CODE_ARGUMENTS))
     slm, info = slm_auto_class(config).from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
     if info["missing_keys"] or info["mismatched_keys"]:
         raise ValueError(

@@ -258,6 +258,12 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
             kwargs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
         return kwargs
 
+    def num_scored(self, decoder_input_ids: torch.Tensor | None) -> int:
+        """Positions of the response that a pass over `decoder_input_ids` scores; a prompt alone scores its first token."""
+        if decoder_input_ids is None:
+            return 1
+        return decoder_input_ids.shape[1] + (not self.slm.config.is_encoder_decoder)
+
     def decoder_start_token_id(self) -> int:
         """The token that an encoder-decoder SLM starts from."""
         config = self.slm.generation_config
@@ -297,9 +303,7 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
             outputs = self.slm(**inputs, use_cache=use_cache, return_dict=True, **kwargs)
         finally:
             hook.remove()
-        length = 1 if decoder_input_ids is None else decoder_input_ids.shape[1]
-        if not self.slm.config.is_encoder_decoder and decoder_input_ids is not None:
-            length += 1
+        length = self.num_scored(decoder_input_ids)
         return LLM2SLMModelOutput(
             last_hidden_state=head_inputs[0][:, -length:], past_key_values=outputs.get("past_key_values")
         )
@@ -516,11 +520,9 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
                 input_ids, attention_mask, slm_input_ids, slm_attention_mask, alignment, llm_hidden_states
             )
         inputs = self.model.slm_inputs(prompt, decoder_input_ids)
-        length = 1 if decoder_input_ids is None else decoder_input_ids.shape[1]
-        if not self.slm.config.is_encoder_decoder:
-            length += decoder_input_ids is not None
-            if accepts(self.slm.forward, "logits_to_keep"):
-                inputs["logits_to_keep"] = length
+        length = self.model.num_scored(decoder_input_ids)
+        if not self.slm.config.is_encoder_decoder and accepts(self.slm.forward, "logits_to_keep"):
+            inputs["logits_to_keep"] = length
         outputs = self.slm(**inputs, use_cache=bool(use_cache), return_dict=True, **kwargs)
         logits = outputs.logits[:, -length:].contiguous()
         loss = None

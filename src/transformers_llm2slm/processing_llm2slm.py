@@ -19,7 +19,7 @@ from .configuration_llm2slm import (
     encoder_text_config,
     special_token_id,
 )
-from .loading import HUB_ARGUMENTS, llm_position_limit, take_prefixed
+from .loading import HUB_ARGUMENTS, llm_position_limit, location, take_prefixed
 from .structure import position_limit
 
 # Subfolders of the tokenizers where there are two. Where there is one, it lies at the root, as in any other repository.
@@ -100,9 +100,8 @@ class LLM2SLMProcessor(ProcessorMixin):
         llm_kwargs, slm_kwargs = shared | take_prefixed(kwargs, "llm_"), shared | take_prefixed(kwargs, "slm_")
         if kwargs:
             raise TypeError(f"`from_llm_slm_pretrained` got unknown argument(s) {', '.join(sorted(kwargs))}.")
-        names = (*HUB_ARGUMENTS, "revision", "subfolder", "trust_remote_code")
         llm_config, slm_config = (
-            AutoConfig.from_pretrained(source, **{key: value for key, value in part.items() if key in names})
+            AutoConfig.from_pretrained(source, **location(part, "trust_remote_code"))
             for source, part in ((llm, llm_kwargs), (slm, slm_kwargs))
         )
         llm_tokenizer = load_tokenizer(llm, llm_kwargs)
@@ -171,10 +170,7 @@ class LLM2SLMProcessor(ProcessorMixin):
                 f"or make it anew: `{cls.__name__}.from_llm_slm_pretrained(llm, slm)`."
             )
         root = kwargs.pop("subfolder", "")
-        # Where there are two, the checkpoint's own config would be looked for beside each tokenizer: its class does.
-        kwargs = {
-            key: value for key, value in kwargs.items() if key in (*HUB_ARGUMENTS, "revision", "trust_remote_code")
-        }
+        kwargs = location(kwargs, "trust_remote_code")
         folders = ["", ""]
         if not processor_dict.get("shared_tokenizer", True):
             folders = [SLM_TOKENIZER_SUBFOLDER, LLM_TOKENIZER_SUBFOLDER]
