@@ -19,9 +19,9 @@ from transformers import TextStreamer
 
 from transformers_llm2slm import LLM2SLMDataCollator, LLM2SLMForConditionalGeneration, LLM2SLMProcessor, __version__
 from transformers_llm2slm.cli import main
-from transformers_llm2slm.cli.data import load_rows
 from transformers_llm2slm.cli.info import format_bytes
 from transformers_llm2slm.evaluation import generate_texts, text_scores
+from transformers_llm2slm.rows import load_rows
 
 ROWS = [{"prompt": f"{prompt} {i}", "completion": RESPONSES[i % 3]} for i, prompt in enumerate(PROMPTS * 4)]
 
@@ -582,7 +582,7 @@ def test_resume_with_nothing_to_resume_starts(run, checkpoint, rows_file, tmp_pa
     [
         (
             ["--prompt-column", "text"],
-            "has no column 'text'; its columns are prompt, completion: choose one with `--prompt-column`.",
+            "has no column 'text'; its columns are prompt, completion: choose one with `prompt_column`.",
         ),
         (["--eval-steps", "2"], "`--eval-steps` needs rows to evaluate on: add `--validation-file`"),
         (["--set", "warmup=2"], "a field of Seq2SeqTrainingArguments, such as warmup_steps=100, got 'warmup=2'."),
@@ -648,7 +648,7 @@ def test_evaluate_refuses(error, checkpoint, rows_file, tmp_path, monkeypatch):
     text = error("evaluate", checkpoint, "--file", rows_file, "--completion-column", "summary")
     assert (
         text
-        == f"{rows_file} has no column 'summary'; its columns are prompt, completion: choose one with `--completion-column`."
+        == f"{rows_file} has no column 'summary'; its columns are prompt, completion: choose one with `completion_column`."
     )
     # A place that can't be written to is found before the model is loaded, not after the work.
     monkeypatch.setattr(LLM2SLMForConditionalGeneration, "from_pretrained", None)

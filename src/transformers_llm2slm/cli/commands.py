@@ -156,7 +156,7 @@ def compose(
         raise ValueError("`--projector-init fit` and `--fit-file` go together.")
     prompts = None
     if fit_file is not None:
-        from .data import load_rows
+        from ..rows import load_rows
 
         prompts = load_rows(fit_file, prompt_column=fit_column, completion_column=None, max_rows=fit_rows)["prompt"][:]
     fit = {

@@ -67,7 +67,7 @@ def evaluate(
 ) -> None:
     """Generate for rows of prompt and completion; measure quality and speed."""
     from ..evaluation import generate_texts, require_extra, text_scores
-    from .data import load_rows
+    from ..rows import load_rows
 
     require_extra("eval", "rouge_score", "sacrebleu")
     rows = load_rows(

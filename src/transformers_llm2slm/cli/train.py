@@ -124,7 +124,7 @@ def train(
 
     from transformers.utils import is_torch_bf16_gpu_available
 
-    from .data import load_rows
+    from ..rows import load_rows
 
     quiet()
     last = checkpoint_to_resume(output_dir, model, resume)

@@ -1,4 +1,4 @@
-"""Rows for the command line: files and hub data sets, through `datasets`, as the columns `prompt` and `completion`."""
+"""Rows to train and evaluate on: files and hub data sets, through `datasets`, as the columns `prompt` and `completion`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation import require_extra
+from .evaluation import require_extra
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,7 +59,7 @@ def load_rows(
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if (file is None) == (dataset is None):
-        raise ValueError("Rows come from a file or from `--dataset`: give one of the two.")
+        raise ValueError("Rows come from a file or from a data set (`dataset`): give one of the two.")
     rows = _read_file(file) if file is not None else _read_hub(str(dataset), dataset_config, split, hub)
     source = str(file or dataset)
     if max_rows is not None:
@@ -74,7 +74,7 @@ def load_rows(
         if column not in rows.column_names:
             raise ValueError(
                 f"{source} has no column {column!r}; its columns are {', '.join(rows.column_names)}: choose one with "
-                f"`--{name}-column`."
+                f"`{name}_column`."
             )
         if (kind := getattr(rows.features[column], "dtype", "no text")) not in ("string", "large_string"):
             raise ValueError(f"The column {column!r} of {source} must be text, found {kind}.")
