@@ -17,6 +17,8 @@ def processor(zoo) -> LLM2SLMProcessor:
 
 
 def assert_same(batch, expected):
+    expected = dict(expected) | {"shift_labels": expected["labels"]}
+    expected["decoder_input_ids"] = expected["labels"][:, :-1].clamp(min=0)  # the tokenizer pads with token 0
     assert set(batch) == set(expected)
     for name, column in batch.items():
         assert torch.equal(column, expected[name]), name
@@ -57,7 +59,8 @@ def test_static_shapes(processor):
     emoji = [{"prompt": "🙂" * 30, "completion": "漢字" * 9}, *ROWS[:2]]  # few LLM tokens, many SLM tokens
     shapes = [{name: tuple(column.shape) for name, column in collator(rows).items()} for rows in (ROWS, emoji)]
     prompt = ("input_ids", "attention_mask", "slm_input_ids", "slm_attention_mask", "alignment")
-    assert shapes == [dict.fromkeys(prompt, (3, 10)) | {"labels": (3, 6)}] * 2
+    response = {"labels": (3, 6), "shift_labels": (3, 6), "decoder_input_ids": (3, 5)}
+    assert shapes == [dict.fromkeys(prompt, (3, 10)) | response] * 2
 
 
 @pytest.mark.parametrize(
@@ -69,7 +72,9 @@ def test_static_shapes(processor):
         ),
         ({"question": "a", "completion": "b"}, r"no text in column 'prompt'; its columns are \['completion', 'quest"),
         ({}, r"no text in column 'prompt'; its columns are \[\]\. .*`remove_unused_columns=False`"),
-        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, r"no text in column 'prompt'"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, r"Row 1 .* has text and messages"),
+        ({"prompt": ["a"], "completion": ["b"]}, r"no text in column 'prompt'"),
+        ({"messages": [{"role": "user", "content": "a"}] * 2}, r"Row 1 .* no response to learn: .* roles user, user"),
         ({"prompt": " ", "completion": "b"}, r"Prompt 1 is empty"),
     ],
 )

@@ -525,3 +525,40 @@ def test_no_warning_of_length(make, caplog, monkeypatch):
     assert not caplog.records
     processor.tokenizer(PROMPTS)  # what would be said
     assert "Token indices sequence length is longer" in caplog.text
+
+
+# Conversations -----------------------------------------------------------------------------------------------------------
+TALK_TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+
+
+def test_conversations_are_prompts(zoo):
+    """The chat template makes their text, and the tokenizer adds no special tokens; alone as in a batch."""
+    processor = LLM2SLMProcessor.from_llm_slm_pretrained(*zoo.sources(Pair("llama", "llama", "align")))
+    processor.chat_template = TALK_TEMPLATE
+    talks = [
+        [
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": "Yes?"},
+            {"role": "user", "content": "x"},
+        ]
+        for prompt in PROMPTS
+    ]
+    answers = [[{"role": "assistant", "content": response}] for response in RESPONSES]
+    texts = [f"<s>user: {prompt}\n<s>assistant: Yes?\n<s>user: x\nassistant:" for prompt in PROMPTS]
+    expected = processor(text=texts, text_target=RESPONSES, add_special_tokens=False)
+    assert processor(text=talks, text_target=answers).data == expected.data
+    assert processor(text=talks[0], text_target=answers[0])["input_ids"] == expected["input_ids"][0]
+    assert expected["input_ids"][0][0] == 1 and expected["input_ids"][0].count(2) == 0  # <s>, and no </s>
+    with pytest.raises(ValueError, match=r"one message of the assistant, got the roles user, assistant, user"):
+        processor(text=talks, text_target=talks)
+    with pytest.raises(ValueError, match=r"Prompt 0 is no text but list; pass strings, or for all of them lists"):
+        processor(text=[talks[0], "text"])
+
+
+def test_decoder_input_ids_are_the_models(composed):
+    """What the processor makes of labels is what the SLM's own rule makes, wherever a loss or a later token sees it."""
+    _, model, processor = composed
+    labels = processor(text=PROMPTS, text_target=RESPONSES, padding=True, return_tensors="pt")["labels"]
+    ours, own = processor.decoder_input_ids(labels), model.prepare_decoder_input_ids_from_labels(labels)
+    seen = (labels != -100)[:, : ours.shape[1]]
+    assert ours.shape == own.shape and torch.equal(ours[seen], own[seen])

@@ -258,7 +258,7 @@ def test_label_smoothing(both, tmp_path):
     trainer = make_trainer(
         model, processor, tmp_path, cls=Seq2SeqTrainer, eval_rows=ROWS, label_smoothing_factor=0.1, max_steps=60
     )
-    trainer.data_collator = LLM2SLMDataCollator(processor, model=model)
+    trainer.data_collator = LLM2SLMDataCollator(processor)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(expected.item(), rel=1e-3)

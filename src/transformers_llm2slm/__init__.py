@@ -11,6 +11,7 @@ from .processing_llm2slm import LLM2SLMProcessor
 from .projector import LLM2SLMProjector
 from .prompt import LLM2SLMPrompt
 from .registration import register
+from .sft import prepare_sft_config
 
 __version__ = "0.1.0"
 
@@ -27,4 +28,5 @@ __all__ = [
     "LLM2SLMPrompt",
     "fit_projector",
     "fit_slm_embeddings",
+    "prepare_sft_config",
 ]

@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .modeling_llm2slm import LLM2SLMForConditionalGeneration
+import torch
+
 from .processing_llm2slm import LLM2SLMProcessor
+from .rows import prompt_and_completion
+
+# The column of a row's cached LLM states.
+STATES_COLUMN = "llm_hidden_states"
 
 
 class LLM2SLMDataCollator:
     """
-    Makes a batch of rows with a `"prompt"` and a `"completion"` (TRL's prompt-completion format).
+    Makes a batch of rows with a prompt and a response, for `Trainer`, `Seq2SeqTrainer` and TRL's `SFTTrainer`.
+
+    Rows come in TRL's formats: `"prompt"` and `"completion"` as text, the same as lists of messages, or `"messages"`, of
+    which the last is the response and the others are the prompt. Rows of [`cache_llm_states`] bring the LLM's states.
 
     Args:
         processor ([`LLM2SLMProcessor`]): The processor of the model.
         max_prompt_length (`int`, *optional*): Prompts are cut to so many LLM tokens; by default to what the models take.
-        max_response_length (`int`, *optional*): Completions are cut to so many SLM tokens, end token included.
-        model ([`LLM2SLMForConditionalGeneration`], *optional*): If given, batches hold `decoder_input_ids` too, for
-            trainers that take the labels out of them (label smoothing).
+        max_response_length (`int`, *optional*): Responses are cut to so many SLM tokens, end token included.
         pad_to_max_length (`bool`, defaults to `False`): Pad every batch to these lengths, for static shapes.
 
     The `Trainer` drops columns that the model's `forward` doesn't name: set `remove_unused_columns=False`.
@@ -29,7 +35,6 @@ class LLM2SLMDataCollator:
         processor: LLM2SLMProcessor,
         max_prompt_length: int | None = None,
         max_response_length: int | None = None,
-        model: LLM2SLMForConditionalGeneration | None = None,
         pad_to_max_length: bool = False,
     ):
         if not isinstance(processor, LLM2SLMProcessor):
@@ -39,41 +44,56 @@ class LLM2SLMDataCollator:
         self.processor = processor
         self.max_prompt_length = max_prompt_length
         self.max_response_length = max_response_length
-        self.model = model
         self.padding: bool | str = "max_length" if pad_to_max_length else True
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """
         Args:
-            rows (`Sequence[Mapping]`): Each with `"prompt"` and `"completion"`, both `str`.
+            rows (`Sequence[Mapping]`): Rows of text, as above.
 
         Returns:
-            The processor's batch of tensors, with `labels`.
+            The processor's batch of tensors, with `labels` of shape `(batch_size, response_length)`; the same as
+            `shift_labels`, since ours stand where they are scored (TRL reads them so); `decoder_input_ids`; and
+            `llm_hidden_states` of shape `(batch_size, prompt_length, num_llm_states, llm_hidden_size)` if the rows bring
+            them.
 
         Raises:
-            ValueError: for a row without prompt or completion; it names the columns that there are.
+            ValueError: for a row without prompt or response; it names the columns that there are.
         """
-        for index, row in enumerate(rows):
-            for name in ("prompt", "completion"):
-                if not isinstance(row.get(name), str):
-                    raise ValueError(
-                        f"Row {index} of the batch has no text in column {name!r}; its columns are {sorted(row)}. Rename "
-                        'your columns to "prompt" and "completion", and set `remove_unused_columns=False` in the '
-                        "training arguments, or the Trainer drops them."
-                    )
-        batch = self.processor(
-            text=[row["prompt"] for row in rows],
-            text_target=[row["completion"] for row in rows],
-            padding=self.padding,
-            truncation=True,
-            max_length=self.max_prompt_length,
-            max_target_length=self.max_response_length,
-            return_tensors="pt",
+        texts = [prompt_and_completion(row, f"Row {index} of the batch") for index, row in enumerate(rows)]
+        batch = dict(
+            self.processor(
+                text=[prompt for prompt, _ in texts],
+                text_target=[completion for _, completion in texts],
+                padding=self.padding,
+                truncation=True,
+                max_length=self.max_prompt_length,
+                max_target_length=self.max_response_length,
+                return_tensors="pt",
+            )
         )
-        batch = dict(batch)
-        if self.model is not None:
-            batch["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        labels = batch["labels"]
+        batch |= {"shift_labels": labels, "decoder_input_ids": self.processor.decoder_input_ids(labels)}
+        if any(STATES_COLUMN in row for row in rows):
+            batch[STATES_COLUMN] = _padded_states([row.get(STATES_COLUMN) for row in rows], batch["attention_mask"])
         return batch
+
+
+def _padded_states(rows: Sequence[torch.Tensor | None], attention_mask: torch.Tensor) -> torch.Tensor:
+    """The rows' states, each of shape `(prompt_length, num_llm_states, llm_hidden_size)`, where the mask has tokens."""
+    states: list[torch.Tensor] = []
+    for index, (row, length) in enumerate(zip(rows, attention_mask.sum(dim=1).tolist(), strict=True)):
+        if row is None or len(row) != length:
+            found = "none" if row is None else f"those of {len(row)} tokens"
+            raise ValueError(
+                f"Row {index} of the batch needs the LLM's states of {length} prompt tokens, found {found}. The cache was "
+                "made with another maximum length or tokenizer: give the collator the `max_prompt_length` of "
+                "`cache_llm_states`."
+            )
+        states.append(torch.as_tensor(row))
+    padded = states[0].new_zeros(*attention_mask.shape, *states[0].shape[1:])
+    padded[attention_mask.bool()] = torch.cat(states)
+    return padded
 
 
 __all__ = ["LLM2SLMDataCollator"]

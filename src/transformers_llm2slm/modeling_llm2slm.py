@@ -21,11 +21,12 @@ from .checkpoint import (
     keep_checkpoint_keys,
 )
 from .composition import compose
-from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig, decoder_text_config
+from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig
+from .llm_states import read_llm_states
 from .loading import HUB_ARGUMENTS, freeze, slm_auto_class, take_prefixed
 from .projector import LLM2SLMProjector
-from .prompt import LLM2SLMPrompt, check_labels, check_prompt_length, fuse, prompt_mask, without_prompt_length
-from .structure import accepts, drop_module, embed_tokens, move_padding, position_limit, reader
+from .prompt import LLM2SLMPrompt, check_labels, check_response_length, fuse, prompt_mask, without_prompt_length
+from .structure import accepts, drop_module, embed_tokens, move_padding, reader
 
 
 # Outputs -----------------------------------------------------------------------------------------------------------------
@@ -138,42 +139,20 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
         return self
 
     # Reading -------------------------------------------------------------------------------------------------------------
-    @torch.no_grad()
     def llm_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """
-        Run the frozen LLM over a batch that is padded on the right.
+        Run the frozen LLM over a batch that is padded on the right, see [`read_llm_states`].
 
-        Args:
-            input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`).
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, prompt_length, num_llm_states, llm_hidden_size)`: the layers of
-            `config.llm_layer` and, for `fusion="llm-embed"`, the tokens' embeddings.
+        Raises:
+            ValueError: if the model was loaded without its LLM.
         """
-        llm = self.llm
-        if llm is None:
+        if self.llm is None:
             raise ValueError(
                 "This model was loaded without its LLM (`load_llm=False`), so it can't read a prompt. Pass "
                 "`llm_hidden_states=` (cached LLM states) or `prompt=` (from `encode_prompt` of a model that has it), or "
                 "load the model without `load_llm=False`."
             )
-        check_prompt_length(input_ids, llm, "LLM")
-        body = llm.get_encoder() if llm.config.is_encoder_decoder else llm
-        layers = self.config.llm_layer if isinstance(self.config.llm_layer, list) else [self.config.llm_layer]
-        last_only = layers in ([-1], [self.config.num_llm_layers])
-        kwargs = {"use_cache": False} if accepts(body.forward, "use_cache") else {}
-        device = body.get_input_embeddings().weight.device
-        outputs = body(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            output_hidden_states=not last_only,
-            return_dict=True,
-            **kwargs,
-        )
-        states = [outputs.last_hidden_state] if last_only else [outputs.hidden_states[layer] for layer in layers]
-        if self.config.fusion == "llm-embed":
-            states.append(embed_tokens(llm, input_ids).to(states[0].device))
-        return torch.stack(states, dim=2)
+        return read_llm_states(self.llm, self.config, input_ids, attention_mask)
 
     def encode_prompt(
         self,
@@ -241,18 +220,14 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
             if decoder_input_ids is None:
                 start = torch.full((len(prompt.attention_mask), 1), self.decoder_start_token_id())
                 decoder_input_ids = start.to(self.device)
+            check_response_length(decoder_input_ids.shape[1], 0, self.slm)
             return kwargs | {"decoder_input_ids": decoder_input_ids}
         embeds, mask = kwargs["inputs_embeds"], kwargs["attention_mask"]
         if decoder_input_ids is not None and decoder_input_ids.shape[1] > 0:
             response = embed_tokens(self.slm, decoder_input_ids).to(embeds.dtype)
+            check_response_length(response.shape[1], embeds.shape[1], self.slm)
             embeds = torch.cat([embeds, response], dim=1)
             mask = torch.cat([mask, torch.ones_like(decoder_input_ids, dtype=mask.dtype)], dim=1)
-            limit = position_limit(decoder_text_config(self.slm.config), self.slm)
-            if limit is not None and mask.shape[1] > limit:
-                raise ValueError(
-                    f"Prompt and response together are {mask.shape[1]} tokens long (with padding), but the SLM "
-                    f"({type(self.slm).__name__}) takes at most {limit}. Truncate them in the collator or the processor."
-                )
         kwargs = {"inputs_embeds": embeds, "attention_mask": mask}
         if accepts(self.slm.forward, "position_ids"):
             kwargs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -296,17 +271,21 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
                 input_ids, attention_mask, slm_input_ids, slm_attention_mask, alignment, llm_hidden_states
             )
         inputs = self.slm_inputs(prompt, decoder_input_ids)
+        length = self.num_scored(decoder_input_ids)
         head_inputs: list[torch.Tensor] = []
-        # What the LM head is given is the SLM's last state, with whatever scaling the SLM puts before its head.
-        hook = self.slm.get_output_embeddings().register_forward_pre_hook(lambda _, args: head_inputs.append(args[0]))
+
+        def take_states(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            # What the LM head is given is the SLM's last state, with whatever scaling the SLM puts before its head. The
+            # head itself has nothing to do here, so it is left none of it.
+            head_inputs.append(args[0][:, -length:])
+            return (args[0][:, :0], *args[1:])
+
+        hook = self.slm.get_output_embeddings().register_forward_pre_hook(take_states)
         try:
             outputs = self.slm(**inputs, use_cache=use_cache, return_dict=True, **kwargs)
         finally:
             hook.remove()
-        length = self.num_scored(decoder_input_ids)
-        return LLM2SLMModelOutput(
-            last_hidden_state=head_inputs[0][:, -length:], past_key_values=outputs.get("past_key_values")
-        )
+        return LLM2SLMModelOutput(last_hidden_state=head_inputs[0], past_key_values=outputs.get("past_key_values"))
 
 
 class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
@@ -504,13 +483,16 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             decoder_input_ids (`torch.LongTensor` of shape `(batch_size, response_length)`, *optional*): The response in
                 SLM tokens, shifted as [`~LLM2SLMForConditionalGeneration.prepare_decoder_input_ids_from_labels`] does.
             labels (`torch.LongTensor` of shape `(batch_size, response_length)`, *optional*): The response in SLM tokens,
-                -100 where not scored.
+                -100 where not scored. `shift_labels` is another name for them: they stand where they are scored.
             num_items_in_batch (`int`, *optional*): Number of tokens that the loss is averaged over (gradient
                 accumulation).
 
         Returns:
             [`LLM2SLMOutput`], or a tuple with `return_dict=False`.
         """
+        # Not in the signature, since `Trainer` waits for every argument with "label" in its name.
+        shift_labels = kwargs.pop("shift_labels", None)
+        labels = shift_labels if labels is None else labels
         if labels is not None:
             check_labels(labels, self.get_output_embeddings().weight.shape[0])
             if decoder_input_ids is None:

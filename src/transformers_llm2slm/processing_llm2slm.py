@@ -222,8 +222,8 @@ class LLM2SLMProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        text: str | Sequence[str] | None = None,
-        text_target: str | Sequence[str] | None = None,
+        text: str | Sequence[Any] | None = None,
+        text_target: str | Sequence[Any] | None = None,
         padding: bool | str = False,
         truncation: bool = False,
         max_length: int | None = None,
@@ -235,8 +235,9 @@ class LLM2SLMProcessor(ProcessorMixin):
         Tokenize prompts, responses, or both.
 
         Args:
-            text (`str` or `Sequence[str]`, *optional*): Prompts.
-            text_target (`str` or `Sequence[str]`, *optional*): Responses.
+            text (`str` or `Sequence[str]`, *optional*): Prompts. A conversation (a list of messages with `"role"` and
+                `"content"`) is a prompt too: the chat template makes its text, special tokens included.
+            text_target (`str` or `Sequence[str]`, *optional*): Responses, or the assistant's messages that hold them.
             padding (`bool` or `str`, defaults to `False`): `True` or `"longest"` pads to the longest row, `"max_length"`
                 to `max_length` and `max_target_length`; on each tokenizer's padding side (labels on the right).
             truncation (`bool`, defaults to `False`): Cut prompts to `max_length`, responses to `max_target_length`. For
@@ -266,18 +267,23 @@ class LLM2SLMProcessor(ProcessorMixin):
             raise ValueError(f"`truncation` must be True or False, got {truncation!r}.")
         if return_tensors not in (None, "pt"):
             raise ValueError(f'`return_tensors` must be None or "pt", got {return_tensors!r}.')
-        single = isinstance(text if text is not None else text_target, str)
+        single = _is_single(text if text is not None else text_target)
         columns: dict[str, list[list[int]]] = {}
         static = padding == "max_length"
         max_length = self.max_prompt_length if max_length is None else max_length
         slm_limits = [self.slm_max_prompt_length, max_length if static else None]
         slm_max_length = min((limit for limit in slm_limits if limit is not None), default=None)
         if text is not None:
-            prompts = [text] if isinstance(text, str) else list(text)
+            prompts: list[Any] = [text] if _is_single(text) else list(text)
+            if prompts and all(map(is_conversation, prompts)):
+                prompts = list(self.apply_chat_template(prompts, add_generation_prompt=True))
+                add_special_tokens = False
             columns |= self._prompt_columns(prompts, truncation, max_length, slm_max_length, add_special_tokens)
         if text_target is not None:
-            responses = [text_target] if isinstance(text_target, str) else list(text_target)
-            columns["labels"] = self.response_ids(responses, max_target_length if truncation else None)
+            responses = [text_target] if _is_single(text_target) else list(text_target)
+            columns["labels"] = self.response_ids(
+                list(map(_response_text, responses)), max_target_length if truncation else None
+            )
             if len({len(rows) for rows in columns.values()}) > 1:
                 raise ValueError(
                     f"Each prompt needs one response, got {len(columns['input_ids'])} and {len(responses)} of them."
@@ -303,7 +309,10 @@ class LLM2SLMProcessor(ProcessorMixin):
     ) -> dict[str, list[list[int]]]:
         for index, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
-                raise ValueError(f"Prompt {index} is no text but {type(prompt).__name__}; pass strings.")
+                raise ValueError(
+                    f"Prompt {index} is no text but {type(prompt).__name__}; pass strings, or for all of them lists of "
+                    'messages with "role" and "content".'
+                )
             if not prompt.strip():
                 raise ValueError(f"Prompt {index} is empty: the LLM needs text to read. Leave empty prompts out.")
         align = self.fusion == "align"
@@ -375,6 +384,26 @@ class LLM2SLMProcessor(ProcessorMixin):
                 row[max_length - 1 :] = [end]
         return rows
 
+    def decoder_input_ids(self, labels: torch.Tensor) -> torch.Tensor:
+        """
+        The response's tokens as the SLM gets them while it is scored on `labels`.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, response_length)`): SLM tokens, padded with -100.
+
+        Returns:
+            For an encoder-decoder SLM, `labels` shifted right behind its start token; for a decoder-only SLM, `labels`
+            without the last column, as the prompt's last state predicts the first token.
+        """
+        tokens = labels.masked_fill(labels == -100, self.tokenizer.pad_token_id or 0)[:, :-1]
+        if not self.slm_is_encoder_decoder:
+            return tokens
+        if self.decoder_start_token_id is None:
+            raise ValueError(
+                "The processor does not know the token that the SLM starts from: set `processor.decoder_start_token_id`."
+            )
+        return torch.cat([torch.full_like(labels[:, :1], self.decoder_start_token_id), tokens], dim=1)
+
     def _padded(self, name: str, rows: list[list[int]], pad: bool, length: int | None) -> list[list[int]]:
         longest = max(map(len, rows))
         if not pad:
@@ -388,6 +417,29 @@ class LLM2SLMProcessor(ProcessorMixin):
         if name != "labels" and tokenizer.padding_side == "left":
             return [[value] * (length - len(row)) + row for row in rows]
         return [row + [value] * (length - len(row)) for row in rows]
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether `value` is a list of messages, such as `[{"role": "user", "content": "Hello"}]`."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        return False
+    return all(isinstance(message, Mapping) and "role" in message for message in value)
+
+
+def _is_single(text: Any) -> bool:
+    return isinstance(text, str) or is_conversation(text)
+
+
+def _response_text(response: Any) -> str:
+    """The text of a response, which may come as the assistant's message."""
+    if is_conversation(response):
+        if len(response) != 1 or response[0]["role"] != "assistant":
+            roles = ", ".join(message["role"] for message in response)
+            raise ValueError(
+                f"A response is one message of the assistant, got the roles {roles}. What comes before it is the prompt."
+            )
+        return response[0]["content"]
+    return response
 
 
 __all__ = ["LLM2SLMProcessor"]

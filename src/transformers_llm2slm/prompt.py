@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from .configuration_llm2slm import LLM2SLMConfig, encoder_text_config
+from .configuration_llm2slm import LLM2SLMConfig, decoder_text_config, encoder_text_config
 from .structure import embed_tokens, move_padding, position_limit
 
 
@@ -155,6 +155,18 @@ def check_labels(labels: torch.Tensor, vocab_size: int) -> None:
             f"`labels` holds token {int(labels[foreign][0])}, but the SLM's vocabulary has {vocab_size} tokens. `labels` "
             "are the response in the SLM's tokens, padded with -100: make them with `LLM2SLMProcessor(..., "
             "text_target=...)` or the SLM's tokenizer."
+        )
+
+
+def check_response_length(response_length: int, prompt_length: int, slm: PreTrainedModel) -> None:
+    """Raise a `ValueError` if an SLM can't take a response of so many tokens after a prompt of so many."""
+    limit = position_limit(decoder_text_config(slm.config), slm)
+    if limit is not None and prompt_length + response_length > limit:
+        what = f"prompt ({prompt_length}) and the response ({response_length})" if prompt_length else "response"
+        raise ValueError(
+            f"The {what} {'together are' if prompt_length else 'is'} {prompt_length + response_length} tokens long (with "
+            f"padding), but the SLM ({type(slm).__name__}) takes at most {limit}. Cut them: `max_prompt_length` and "
+            "`max_response_length` of the collator, `max_length` and `max_target_length` of the processor."
         )
 
 

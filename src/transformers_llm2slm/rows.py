@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .evaluation import require_extra
+from .processing_llm2slm import is_conversation
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,6 +83,40 @@ def load_rows(
     rows = rows.select_columns(list(columns.values())).rename_columns({c: name for name, c in columns.items()})
     _check_text(rows, source)
     return rows
+
+
+def prompt_and_completion(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
+    """
+    Prompt and response of a row in one of TRL's formats.
+
+    Args:
+        row (`Mapping`): With `"prompt"` and `"completion"`, both text or both lists of messages; or with `"messages"`, of
+            which the last is the response.
+        where (`str`): Names the row in an error.
+
+    Raises:
+        ValueError: for a row without one of the two; it names the columns that there are.
+    """
+    messages = row.get("messages")
+    if messages is not None and "prompt" not in row:
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            roles = ", ".join(message["role"] for message in messages) or "none"
+            raise ValueError(
+                f"{where} has no response to learn: its messages must be at least two, the last one of the assistant; "
+                f"found the roles {roles}. Leave such rows out."
+            )
+        return messages[:-1], messages[-1:]
+    for name in ("prompt", "completion"):
+        value = row.get(name)
+        if not isinstance(value, str) and not is_conversation(value):
+            raise ValueError(
+                f"{where} has no text in column {name!r}; its columns are {sorted(row)}. Rename your columns to "
+                '"prompt" and "completion" (or "messages"), and set `remove_unused_columns=False` in the training '
+                "arguments, or the Trainer drops them."
+            )
+    if isinstance(row["prompt"], str) != isinstance(row["completion"], str):
+        raise ValueError(f"{where} has text and messages: give both its prompt and its completion as one of the two.")
+    return row["prompt"], row["completion"]
 
 
 def _read_file(file: Path) -> Dataset:
