@@ -103,7 +103,9 @@ def test_version_and_help(run):
     assert run("--version") == (0, f"llm2slm {__version__}\n", "")
     code, out, _ = run()
     assert code == 0 and out == run("--help")[1]
-    assert [name for name in ("compose", "info", "generate", "train", "evaluate") if f"│ {name} " not in out] == []
+    assert [
+        name for name in ("compose", "info", "generate", "cache", "train", "evaluate") if f"│ {name} " not in out
+    ] == []
     assert max(map(len, out.splitlines())) <= 80
 
 
@@ -601,6 +603,35 @@ def test_train_does_not_write_over_its_model(error, checkpoint, rows_file):
         "train", checkpoint, "--train-file", rows_file, "--output-dir", checkpoint
     )
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(checkpoint).items())
+
+
+# cache -------------------------------------------------------------------------------------------------------------------
+def test_cache(run, error, checkpoint, rows_file, tmp_path):
+    """It tells what it takes before, and what it took; training on it gives the losses of training with the LLM."""
+    out, options = tmp_path / "states", ["--max-prompt-length", 9, "--states-dtype", "float32"]
+    code, text, err = run("cache", checkpoint, out, "--file", rows_file, *options)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    assert (code, text.splitlines()[-1]) == (
+        0,
+        f"{out} holds the states of these 12 rows: {size:,} bytes, relative error 0.",
+    )
+    announced = " ".join(err.split())
+    assert announced.startswith("The LLM's states of ") and " tokens) take " in announced
+    assert "refused" not in announced and " s to encode." in announced
+    before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+    results = []
+    for name, more in (("cached", [*options, "--cache-llm-states", out]), ("live", options[:2])):
+        assert (
+            run("train", checkpoint, "--train-file", rows_file, "--output-dir", tmp_path / name, *OPTIONS, *more)[0]
+            == 0
+        )
+        results.append(json.loads((tmp_path / name / "train_results.json").read_text())["train_loss"])
+    assert results[0] == pytest.approx(results[1], abs=1e-5)
+    assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == before
+    assert loaded(tmp_path / "cached")[0].llm is not None
+    assert "made with another maximum prompt length: expected 12, found 9" in error(
+        "cache", checkpoint, out, "--file", rows_file, "--max-prompt-length", 12, "--states-dtype", "float32"
+    )
 
 
 # evaluate ------------------------------------------------------------------------------------------------------------

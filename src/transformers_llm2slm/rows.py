@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,10 +55,7 @@ def load_rows(
         OSError: for a file that there isn't.
     """
     require_extra("train", "datasets")
-    import datasets
 
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     if (file is None) == (dataset is None):
         raise ValueError("Rows come from a file or from a data set (`dataset`): give one of the two.")
     rows = _read_file(file) if file is not None else _read_hub(str(dataset), dataset_config, split, hub)

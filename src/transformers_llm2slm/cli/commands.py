@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from typer import Argument, Option
 
+from .cache import cache
 from .evaluate import evaluate
 from .shared import (
     LOADING,
@@ -31,6 +32,7 @@ from .shared import (
     integers,
     load,
     quiet,
+    read_rows,
 )
 from .train import train
 
@@ -156,9 +158,7 @@ def compose(
         raise ValueError("`--projector-init fit` and `--fit-file` go together.")
     prompts = None
     if fit_file is not None:
-        from ..rows import load_rows
-
-        prompts = load_rows(fit_file, prompt_column=fit_column, completion_column=None, max_rows=fit_rows)["prompt"][:]
+        prompts = read_rows(fit_file, prompt_column=fit_column, completion_column=None, max_rows=fit_rows)["prompt"][:]
     fit = {
         "fit_prompts": prompts,
         "fit_target": fit_target if fit_target == "embeddings" else integers("fit-target", fit_target),
@@ -260,5 +260,6 @@ def generate(
         typer.echo(processor.batch_decode(loaded.generate(**inputs, **options), skip_special_tokens=True)[0])
 
 
+app.command()(cache)
 app.command()(train)
 app.command()(evaluate)

@@ -31,6 +31,7 @@ from .shared import (
     hub_arguments,
     load,
     quiet,
+    read_rows,
     show_numbers,
 )
 
@@ -67,10 +68,10 @@ def evaluate(
 ) -> None:
     """Generate for rows of prompt and completion; measure quality and speed."""
     from ..evaluation import generate_texts, require_extra, text_scores
-    from ..rows import load_rows
 
+    quiet()
     require_extra("eval", "rouge_score", "sacrebleu")
-    rows = load_rows(
+    rows = read_rows(
         file,
         dataset=dataset,
         dataset_config=dataset_config,
@@ -86,7 +87,6 @@ def evaluate(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("a").close()
     prompts, completions = list(rows["prompt"]), list(rows["completion"])
-    quiet()
     hub = hub_arguments(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     loaded, processor = load(model, llm_name_or_path, llm_dtype, dtype, device, hub)
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,11 @@ from rich.console import Console
 from rich.table import Column, Table
 from typer import Argument, Option
 
+from ..evaluation import require_extra
+
 if TYPE_CHECKING:
+    from datasets import Dataset as Rows
+
     from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
     from ..processing_llm2slm import LLM2SLMProcessor
 
@@ -49,6 +54,9 @@ PromptColumn = Annotated[
 CompletionColumn = Annotated[str, Option(metavar="NAME", rich_help_panel=DATA, help="Column of the responses.")]
 MaxPromptLength = Annotated[
     int | None, Option(metavar="N", min=1, rich_help_panel=DATA, help="Cut prompts to so many LLM tokens.")
+]
+StatesDtype = Annotated[
+    str, Option(metavar="TYPE", help="How LLM states are cached: float32, float16, bfloat16 or int8.")
 ]
 MaxNewTokens = Annotated[int, Option(metavar="N", min=1, help="Longest response, in SLM tokens.")]
 NumBeams = Annotated[int, Option(metavar="N", min=1, help="Beams; 1 is greedy.")]
@@ -131,6 +139,18 @@ def load(
     if device is None:
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
     return loaded.to(device), processor
+
+
+def read_rows(*arguments: Any, **options: Any) -> Rows:
+    """[`load_rows`], whose progress is for somebody who is there to see it."""
+    from ..rows import load_rows
+
+    require_extra("train", "datasets")
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return load_rows(*arguments, **options)
 
 
 def quiet() -> None:

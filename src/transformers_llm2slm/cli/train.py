@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
+from .cache import cached_rows
 from .shared import (
     DATA,
     CacheDir,
@@ -26,10 +27,12 @@ from .shared import (
     Model,
     PromptColumn,
     Revision,
+    StatesDtype,
     Token,
     hub_arguments,
     load,
     quiet,
+    read_rows,
 )
 
 if TYPE_CHECKING:
@@ -95,6 +98,15 @@ def train(
             help="Compute again what could be kept: less memory, slower.",
         ),
     ] = False,
+    cache_llm_states: Annotated[
+        Path | None,
+        Option(
+            metavar="DIR",
+            rich_help_panel=TRAINING,
+            help="Cache the LLM's states here first (or use what is there), and train without the LLM.",
+        ),
+    ] = None,
+    states_dtype: StatesDtype = "float16",
     bf16: Annotated[bool | None, Option("--bf16/--no-bf16", help="Mixed precision; else where a GPU has it.")] = None,
     logging_steps: Annotated[int, Option(metavar="N", min=1, help="Steps between losses shown.")] = 50,
     save_steps: Annotated[int, Option(metavar="N", min=1, help="Steps between checkpoints.")] = 500,
@@ -123,8 +135,6 @@ def train(
     require_extra("train", "accelerate", "datasets")
 
     from transformers.utils import is_torch_bf16_gpu_available
-
-    from ..rows import load_rows
 
     quiet()
     last = checkpoint_to_resume(output_dir, model, resume)
@@ -158,13 +168,21 @@ def train(
         "cache_dir": cache_dir,
     }
     columns: dict[str, Any] = {"prompt_column": prompt_column, "completion_column": completion_column}
-    rows = load_rows(train_file, split=split, **source, **columns)
+    rows = read_rows(train_file, split=split, **source, **columns)
     validation_rows = None
     if validation_file is not None:
-        validation_rows = load_rows(validation_file, **columns)
+        validation_rows = read_rows(validation_file, **columns)
     elif validation_split is not None:
-        validation_rows = load_rows(split=validation_split, **source, **columns)
-    loaded, processor = load(model, llm_name_or_path, llm_dtype, dtype, "cpu", hub)  # the trainer chooses the device
+        validation_rows = read_rows(split=validation_split, **source, **columns)
+    # The trainer chooses the device; the LLM of a cache reads on the best there is.
+    device = "cpu" if cache_llm_states is None else None
+    loaded, processor = load(model, llm_name_or_path, llm_dtype, dtype, device, hub)
+    if cache_llm_states is not None:
+        options: dict[str, Any] = {"max_prompt_length": max_prompt_length, "dtype": states_dtype}
+        rows = cached_rows(rows, loaded, processor, cache_llm_states, **options)
+        if validation_rows is not None:
+            validation_rows = cached_rows(validation_rows, loaded, processor, cache_llm_states, **options)
+        loaded.model.attach_llm(None)
     metrics = run_training(
         loaded, processor, arguments, rows, validation_rows, max_prompt_length, max_response_length, resume_from=last
     )
