@@ -192,9 +192,8 @@ def write_answers(arguments: LabelArguments) -> dict[str, int]:
         for number, indices in enumerate(batches):
             if number in finished:
                 continue
-            set_seed(
-                arguments.seed + number
-            )  # so that a batch is the same whether or not those before it are run again
+            # A batch is the same whether or not those before it are run again.
+            set_seed(arguments.seed + number)
             completions, cut = answer(llm, tokenizer, [questions[index] for index in indices], arguments)
             finished[number] = {"batch": number, "rows": indices, "completions": completions, "cut": cut}
             append(file, finished[number])

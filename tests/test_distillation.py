@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 from conftest import VOCAB_SIZE, Pair
+from datasets import Dataset
+from test_trainer import ROWS, without_dropout
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -16,16 +18,16 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.modeling_outputs import ModelOutput
+from trl import SFTConfig, SFTTrainer
 
-from transformers_llm2slm import LLM2SLMDataCollator, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from transformers_llm2slm import (
+    LLM2SLMDataCollator,
+    LLM2SLMForConditionalGeneration,
+    LLM2SLMProcessor,
+    prepare_sft_config,
+)
 from transformers_llm2slm.distillation import LogitDistillationMixin, response_logits
 
-ROWS = [
-    {"prompt": "translate English to German: The house is wonderful.", "completion": "Das Haus ist wunderbar."},
-    {"prompt": "Hello there!", "completion": "Hi"},
-    {"prompt": "What writes quickly?", "completion": "A quick small model."},
-    {"prompt": "naïve, 12 tokens", "completion": "écrit"},
-]
 # A teacher of each kind, with an SLM of each kind.
 PAIRS = [
     Pair("llama", "t5", "add"),
@@ -41,15 +43,6 @@ class DistillationTrainer(LogitDistillationMixin, Trainer):
 
 class DistillationSeq2SeqTrainer(LogitDistillationMixin, Seq2SeqTrainer):
     pass
-
-
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
-    return model
 
 
 def compose(zoo, pair):
@@ -143,7 +136,7 @@ def test_response_logits(parts, padding_side):
         torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("temperature", "weight"), [(2.0, 0.5), (1.0, 0.9), (5.0, 1.0)])
+@pytest.mark.parametrize(("temperature", "weight"), [(2.0, 0.5), (5.0, 1.0)])
 def test_loss_by_hand(parts, tmp_path, temperature, weight):
     teacher, model, processor = parts
     total, count = divergence_by_hand(teacher, model.eval(), processor, ROWS, temperature)
@@ -187,10 +180,14 @@ def test_weight_zero_is_the_plain_trainer(some_parts, tmp_path):
         assert torch.equal(parameter, other.get_parameter(name)), name
 
 
-@pytest.mark.parametrize("settings", [{}, {"label_smoothing_factor": 0.1}])
-def test_gradient_accumulation_is_the_big_batch(parts, tmp_path, settings):
+@pytest.mark.parametrize(
+    ("pair", "settings"),
+    [*((pair, {}) for pair in PAIRS), (PAIRS[1], {"label_smoothing_factor": 0.1})],
+    ids=[*map(str, PAIRS), "label smoothing"],
+)
+def test_gradient_accumulation_is_the_big_batch(zoo, pair, settings, tmp_path):
     """Responses of very different lengths in small batches weigh as in one, in both parts of the loss."""
-    teacher, model, processor = parts
+    teacher, model, processor = compose(zoo, pair)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     results = []
     for batch_size in (4, 1):
@@ -207,7 +204,6 @@ def test_gradient_accumulation_is_the_big_batch(parts, tmp_path, settings):
             max_steps=3,
             **settings,
         )
-        trainer.data_collator = LLM2SLMDataCollator(processor, model=model)  # label smoothing takes the labels out
         trainer.train()
         results.append(
             (history(trainer), history(trainer, "distillation_loss"), model.projector.layers[-1].weight.clone())
@@ -235,6 +231,18 @@ def test_batches_are_averaged_where_the_model_does_so(some_parts, tmp_path):
     trainer.model_accepts_loss_kwargs = False
     trainer.train()
     assert history(trainer) == pytest.approx([sum(total / count for total, count in by_hand) / 4], rel=1e-4)
+
+
+def test_cached_states(some_parts, tmp_path):
+    """A student that trains on the LLM's cached states is taught the same: the teacher reads the prompt's tokens."""
+    teacher, model, processor = some_parts
+    trainer = make_trainer(DistillationTrainer, model, processor, tmp_path, distillation={"teacher": teacher})
+    batch = LLM2SLMDataCollator(processor)(ROWS)
+    expected = trainer.compute_loss(model.train(), dict(batch))
+    states = model.model.llm_states(batch["input_ids"], batch["attention_mask"])
+    model.model.attach_llm(None)
+    found = trainer.compute_loss(model, batch | {"llm_hidden_states": states})
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_loss_of_several_processes(some_parts, tmp_path, monkeypatch):
@@ -355,27 +363,43 @@ def test_several_gpus_in_one_process(some_parts, tmp_path, monkeypatch):
         make_trainer(DistillationTrainer, model, processor, tmp_path, distillation={"teacher": teacher})
 
 
-def test_trainer_without_logits(some_parts, tmp_path):
-    """As TRL's SFTTrainer: a loss, and outputs that hold no logits, or logits for show."""
+# TRL 1.16 turns on by its old name what transformers 5.23 calls otherwise, and runs the model once more, without
+# gradients, when it is asked for logits.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning", "ignore:`return_outputs:FutureWarning")
+def test_sft_trainer_gives_logits_without_gradients(some_parts, tmp_path):
     teacher, model, processor = some_parts
 
-    class FusedTrainer(Trainer):
-        fused = ModelOutput(loss=torch.zeros(()))
-
-        def compute_loss(self, *args, **kwargs):
-            return super().compute_loss(*args, **kwargs)[0], self.fused
-
-    class FusedDistillationTrainer(LogitDistillationMixin, FusedTrainer):
+    class DistillationSFTTrainer(LogitDistillationMixin, SFTTrainer):
         pass
 
-    trainer = make_trainer(
-        FusedDistillationTrainer, model, processor, tmp_path, distillation={"teacher": teacher}, max_steps=1
+    arguments = SFTConfig(str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, bf16=False)
+    trainer = DistillationSFTTrainer(
+        model,
+        prepare_sft_config(arguments, model),
+        train_dataset=Dataset.from_list(ROWS),
+        data_collator=LLM2SLMDataCollator(processor),
+        processing_class=processor,
+        teacher=teacher,
     )
-    for FusedTrainer.fused in (ModelOutput(loss=torch.zeros(())), ModelOutput(logits=torch.zeros(4, 3, VOCAB_SIZE))):
-        with pytest.raises(
-            ValueError, match="SFTTrainer does with its fused LM head. Use `Trainer` or `Seq2SeqTrainer`"
-        ):
-            trainer.train()
+    message = "logits with their gradients, but this trainer gives LLM2SLMOutput without them, as TRL's SFTTrainer does.*Use `Trainer` or `Seq2SeqTrainer`"
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_trainer_that_gives_no_logits(some_parts, tmp_path):
+    teacher, model, processor = some_parts
+
+    class LossTrainer(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)[0]
+            return loss, ModelOutput(loss=loss)
+
+    class LossDistillationTrainer(LogitDistillationMixin, LossTrainer):
+        pass
+
+    trainer = make_trainer(LossDistillationTrainer, model, processor, tmp_path, distillation={"teacher": teacher})
+    with pytest.raises(ValueError, match="logits with their gradients, but this trainer gives ModelOutput without"):
+        trainer.train()
 
 
 def test_batches_the_teacher_cannot_read(some_parts, tmp_path):

@@ -110,7 +110,7 @@ class LogitDistillationMixin(_Trainer):
             logits = getattr(outputs, "logits", None)
             if logits is None or not logits.requires_grad:
                 raise ValueError(
-                    f"Distillation needs the SLM's logits with their gradients, but this trainer gives a "
+                    "Distillation needs the SLM's logits with their gradients, but this trainer gives "
                     f"{type(outputs).__name__} without them, as TRL's SFTTrainer does with its fused LM head. Use "
                     "`Trainer` or `Seq2SeqTrainer`."
                 )
