@@ -18,11 +18,8 @@ the machine don't count in. The first round is a warm-up and not counted.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -30,11 +27,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
+from report import provenance
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, T5Model
 from transformers.utils import logging
 
-from transformers_llm2slm import LLM2SLMForConditionalGeneration, __version__
+from transformers_llm2slm import LLM2SLMForConditionalGeneration
 
 PROMPT_LENGTH = 128
 NEW_TOKENS = 64
@@ -132,15 +129,6 @@ def measure(model: LLM2SLMForConditionalGeneration, rounds: int) -> dict[str, An
     return result | {"rounds": counted, "parameters": sizes}
 
 
-def cpu_model() -> str:
-    """What the processor calls itself."""
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="rounds that are counted, 7 by default")
@@ -164,15 +152,7 @@ def main() -> int:
     print(f"The limit of {LIMIT} is {'kept' if within else 'exceeded'}.")
 
     report = {
-        "command": f"python benchmarks/generate_overhead.py --rounds {options.rounds}",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "transformers_llm2slm": __version__,
-        },
+        **provenance(f"python benchmarks/generate_overhead.py --rounds {options.rounds}"),
         "setting": {
             "prompt_length": PROMPT_LENGTH,
             "new_tokens": NEW_TOKENS,
