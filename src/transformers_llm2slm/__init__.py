@@ -5,6 +5,7 @@ Importing this package registers its model with the Auto classes and the task `t
 
 from .configuration_llm2slm import LLM2SLMConfig
 from .data_collator import LLM2SLMDataCollator
+from .distillation import LogitDistillationMixin
 from .fit import fit_projector, fit_slm_embeddings
 from .llm_states_cache import cache_error, cache_llm_states
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMModel, LLM2SLMOutput
@@ -27,6 +28,7 @@ __all__ = [
     "LLM2SLMProcessor",
     "LLM2SLMProjector",
     "LLM2SLMPrompt",
+    "LogitDistillationMixin",
     "cache_error",
     "cache_llm_states",
     "fit_projector",
