@@ -594,3 +594,16 @@ def test_cuts_that_are_refused(zoo):
     for arguments in ({}, {"slm": llm, "slm_layers": 1}):
         with pytest.raises(ValueError, match="either an SLM, or `slm_layers` to cut one from the LLM, and not both"):
             compose(llm, **arguments)
+
+
+@pytest.mark.parametrize(("slm", "what"), [("bart", "response is 129"), ("llama", r"prompt \(\d+\) and the response")])
+def test_a_response_beyond_the_slms_limit(zoo, slm, what):
+    """The error says what is too long, for whom, and how to cut it; cut so, it trains."""
+    model, processor = zoo.compose(Pair("bert", slm, "replace"))
+    batch = processor(text=PROMPTS[:1], text_target=["word " * 200], padding=True, return_tensors="pt")
+    labels = batch["labels"][:, :129]
+    assert labels.shape == (1, 129)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match=rf"{what}.* takes at most 128\. Cut them: .*`max_response_length`"):
+        model(**inputs, labels=labels)
+    assert model(**inputs, labels=labels[:, :64]).loss.isfinite()
