@@ -14,7 +14,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig, encoder_text_config
-from .loading import HUB_ARGUMENTS, adopt_llm, llm_fingerprint, load_llm, location
+from .fingerprint import is_exact
+from .loading import HUB_ARGUMENTS, adopt_llm, llm_fingerprint, load_llm, location, quantization_of
 
 if TYPE_CHECKING:
     from .modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -23,12 +24,6 @@ if TYPE_CHECKING:
 def is_checkpoint_key(name: str) -> bool:
     """Whether a checkpoint holds this key of [`LLM2SLMModel`]: projector and SLM are held, the LLM is only named."""
     return not name.startswith("llm.")
-
-
-def keep_checkpoint_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Hook after `state_dict()`: leave out what a checkpoint does not hold."""
-    for key in [key for key in state_dict if key.startswith(prefix) and not is_checkpoint_key(key[len(prefix) :])]:
-        del state_dict[key]
 
 
 def expect_checkpoint_keys(module: nn.Module, incompatible_keys: Any) -> None:
@@ -78,6 +73,7 @@ def attach_pretrained_llm(
     """
     config = model.config
     check = llm_kwargs.pop("check_fingerprint", True)
+    own = False
     if llm_model is not None:
         check_llm_config(config, llm_model.config, "the model in memory")
         llm = adopt_llm(llm_model)
@@ -86,7 +82,8 @@ def attach_pretrained_llm(
     else:
         arguments = {key: value for key, value in hub.items() if key in (*HUB_ARGUMENTS, "device_map")}
         other = llm_kwargs.pop("name_or_path", None)
-        if other is None and config.llm_in_checkpoint:
+        own = other is None and config.llm_in_checkpoint
+        if own:
             name = os.fspath(checkpoint)
             subfolder = "/".join(part for part in (hub.get("subfolder"), LLM_SUBFOLDER) if part)
             arguments |= {"revision": hub.get("revision"), "subfolder": subfolder}
@@ -101,11 +98,11 @@ def attach_pretrained_llm(
                 arguments["revision"] = config.llm_revision
             arguments["subfolder"] = config.llm_subfolder
         arguments["dtype"] = config.llm_dtype or "auto"
-        if config.llm_quantization_config is not None:
-            arguments["quantization_config"] = AutoQuantizationConfig.from_dict(config.llm_quantization_config)
         arguments |= llm_kwargs
         arguments = {key: value for key, value in arguments.items() if value not in (None, "")}
-        llm = _load_checked(config, name, arguments)
+        llm = _load_checked(config, name, arguments, "quantization_config" not in llm_kwargs)
+        # The files of a checkpoint's own LLM hold it as it was in memory, rounded or quantised.
+        check = check and (is_exact(llm) or not own)
         fingerprint = llm_fingerprint(llm, name, **arguments) if check else None
         found = repr(name)
     if check and config.llm_fingerprint is not None and fingerprint != config.llm_fingerprint:
@@ -116,14 +113,43 @@ def attach_pretrained_llm(
             "`llm_check_fingerprint=False`."
         )
     model.model.attach_llm(llm)
+    config.llm_dtype, config.llm_quantization_config = llm.dtype, quantization_of(llm)
 
 
-def _load_checked(config: LLM2SLMConfig, name: str, arguments: dict[str, Any]) -> PreTrainedModel:
+def check_can_be_saved(llm: PreTrainedModel) -> None:
+    """Raise a `ValueError` if the weights of an LLM in memory can't be written as they were read."""
+    states = [getattr(parameter, "quant_state", None) for parameter in llm.parameters()]
+    # bitsandbytes 0.50 rearranges 4-bit weights for CPUs with AVX512-BF16 in their first pass, and its way back loses
+    # the order of their scales (`_convert_weight_packed_for_cpu_inverse`).
+    if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+        raise ValueError(
+            "`save_llm=True` can't write this 4-bit LLM: bitsandbytes has rearranged its weights for this CPU and can't "
+            "restore them. Load the model anew and save it before it reads a prompt, or save without `save_llm=True`."
+        )
+
+
+def record_llm_precision(config: LLM2SLMConfig, llm_kwargs: Mapping[str, Any]) -> None:
+    """Let the config of a model that is loaded without its LLM say in which precision the caller wants the LLM."""
+    if "dtype" in llm_kwargs:
+        config.llm_dtype = None if llm_kwargs["dtype"] == "auto" else llm_kwargs["dtype"]
+    if "quantization_config" in llm_kwargs:
+        quantization = llm_kwargs["quantization_config"]
+        config.llm_quantization_config = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
+
+
+def _load_checked(
+    config: LLM2SLMConfig, name: str, arguments: dict[str, Any], quantise_as_recorded: bool
+) -> PreTrainedModel:
     try:
         llm_config = AutoConfig.from_pretrained(name, **location(arguments))
     except (OSError, ValueError):
         return load_llm(name, **arguments)  # says what is wrong, and what to do
     check_llm_config(config, llm_config, repr(name))
+    # Files that hold the LLM quantised say themselves how.
+    if quantise_as_recorded and config.llm_quantization_config and not hasattr(llm_config, "quantization_config"):
+        arguments = arguments | {
+            "quantization_config": AutoQuantizationConfig.from_dict(dict(config.llm_quantization_config))
+        }
     return load_llm(name, config=llm_config, **arguments)
 
 

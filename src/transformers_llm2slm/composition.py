@@ -136,22 +136,30 @@ def _load_parts(
     """Sources and models of LLM and SLM; a cut SLM comes with its layers."""
     llm_source = _source(llm)
     if slm_layers is not None:
-        if not isinstance(llm, PreTrainedModel):
-            llm = load_slm(llm_source, **llm_kwargs)
-        if llm.get_output_embeddings() is None:
+        in_memory = isinstance(llm, PreTrainedModel)
+        # What is cut is trained, so it is cut from the LLM as stored.
+        as_stored = {key: value for key, value in llm_kwargs.items() if key != "quantization_config"}
+        whole = llm if in_memory else load_slm(llm_source, **as_stored)
+        if whole.get_output_embeddings() is None:
             raise ValueError(
-                f"An SLM can't be cut from a {type(llm).__name__}: it has no LM head to write with. Pass the LLM as "
-                f"{slm_auto_class(llm.config).__name__}, or name an SLM."
+                f"An SLM can't be cut from a {type(whole).__name__}: it has no LM head to write with. Pass the LLM as "
+                f"{slm_auto_class(whole.config).__name__}, or name an SLM."
+            )
+        if quantization_of(whole) is not None:
+            raise ValueError(
+                f"An SLM can't be cut from a quantised {type(whole).__name__}: its weights can't be trained. Name a "
+                "repository that holds the LLM unquantised, and say with `llm_quantization_config=` how it is to read."
             )
         if unknown := sorted(slm_kwargs.keys() - llm_kwargs.keys() - {"dtype"}):
             raise TypeError(
                 f"An SLM cut from the LLM is not loaded, so `slm_{unknown[0]}` says nothing; leave it out."
             )
-        slm_model, layers = cut_slm(llm, slm_layers)
+        slm_model, layers = cut_slm(whole, slm_layers)
         dtype = slm_kwargs.get("dtype")
         if dtype not in (None, "auto"):
             slm_model = slm_model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        return llm_source, adopt_llm(llm), None, (slm_model, layers)
+        llm_model = adopt_llm(whole) if in_memory or as_stored == llm_kwargs else load_llm(llm_source, **llm_kwargs)
+        return llm_source, llm_model, None, (slm_model, layers)
     llm_model = adopt_llm(llm) if isinstance(llm, PreTrainedModel) else load_llm(llm_source, **llm_kwargs)
     slm_model = slm if isinstance(slm, PreTrainedModel) else load_slm(_source(slm), **slm_kwargs)
     slm_auto_class(slm_model.config)

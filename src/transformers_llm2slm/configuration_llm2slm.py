@@ -77,8 +77,7 @@ class LLM2SLMConfig(PreTrainedConfig):
         llm_subfolder (`str`, defaults to `""`): Subfolder of that repository.
         llm_fingerprint (`str`, *optional*): Fingerprint of the LLM's weights, see [`weights_fingerprint`].
         llm_dtype (`str`, *optional*): dtype the LLM is loaded in, e.g. `"bfloat16"`; `None` is as stored.
-        llm_quantization_config (`dict`, *optional*): How the LLM is quantised when it is loaded, if it was when the
-            model was composed.
+        llm_quantization_config (`dict`, *optional*): How the LLM is quantised, while it is loaded or by its files.
         llm_in_checkpoint (`bool`, defaults to `False`): Whether the checkpoint holds the LLM in its `llm/` subfolder.
         slm_name_or_path (`str`, *optional*), slm_revision (`str`, *optional*): Where the SLM came from (for the record).
 

@@ -166,6 +166,10 @@ def adopt_llm(model: PreTrainedModel) -> PreTrainedModel:
             f"A {type(model).__name__} can't be the LLM: it lacks parts of {type(llm).__name__}. Pass a model that "
             "`AutoModel` loads."
         )
+    if getattr(model, "hf_quantizer", None) is not None:
+        # Without these it would be saved as if it were not quantised.
+        llm.hf_quantizer = model.hf_quantizer
+        llm.config.quantization_config = model.config.quantization_config
     return freeze(llm)
 
 
@@ -191,9 +195,9 @@ def llm_fingerprint(llm: PreTrainedModel, name_or_path: str | None = None, **kwa
 
 
 def quantization_of(llm: PreTrainedModel) -> dict[str, Any] | None:
-    """How an LLM was quantised while it was loaded; `None` if it was not, or if its repository holds it quantised."""
+    """How an LLM is quantised, `None` if it is not."""
     quantizer = getattr(llm, "hf_quantizer", None)
-    return None if quantizer is None or quantizer.pre_quantized else quantizer.quantization_config.to_dict()
+    return None if quantizer is None else quantizer.quantization_config.to_dict()
 
 
 def _weight_files(name_or_path: str, kwargs: Mapping[str, Any]) -> list[Path]:

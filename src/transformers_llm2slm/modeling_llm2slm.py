@@ -15,15 +15,16 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from .checkpoint import (
     attach_pretrained_llm,
+    check_can_be_saved,
     check_loaded,
     expect_checkpoint_keys,
     is_checkpoint_key,
-    keep_checkpoint_keys,
+    record_llm_precision,
 )
 from .composition import compose
 from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig
 from .llm_states import read_llm_states
-from .loading import HUB_ARGUMENTS, freeze, slm_auto_class, take_prefixed
+from .loading import HUB_ARGUMENTS, freeze, quantization_of, slm_auto_class, take_prefixed
 from .projector import LLM2SLMProjector
 from .prompt import LLM2SLMPrompt, check_labels, check_response_length, fuse, prompt_mask, without_prompt_length
 from .structure import accepts, drop_module, embed_tokens, move_padding, reader
@@ -123,7 +124,6 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
             drop_module(self.slm, self.slm.get_encoder(), "The SLM's encoder")
         config.slm_config = self.slm.config
         self.llm: PreTrainedModel | None = None
-        self.register_state_dict_post_hook(keep_checkpoint_keys)
         self.register_load_state_dict_post_hook(expect_checkpoint_keys)
         self.post_init()
 
@@ -137,6 +137,15 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
         if self.llm is not None:
             self.llm.eval()
         return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Projector and SLM. The LLM is not even visited: 4-bit weights are rewritten when their state dict is asked for."""
+        llm = self._modules.pop("llm", None)
+        try:
+            return super().state_dict(*args, **kwargs)
+        finally:
+            if llm is not None:
+                self._modules["llm"] = llm
 
     # Reading -------------------------------------------------------------------------------------------------------------
     def llm_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -408,6 +417,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         check_loaded(pretrained_model_name_or_path, info)
         if load_llm:
             attach_pretrained_llm(model, pretrained_model_name_or_path, llm_model, llm_kwargs, hub)
+        else:
+            record_llm_precision(model.config, llm_kwargs)
         return (model, info) if wants_info else model
 
     def save_pretrained(
@@ -426,7 +437,10 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         if save_llm:
             if self.llm is None:
                 raise ValueError("`save_llm=True` needs the LLM, but this model was loaded with `load_llm=False`.")
-            self.llm.save_pretrained(os.path.join(save_directory, LLM_SUBFOLDER))
+            check_can_be_saved(self.llm)
+            # transformers can't turn quantised weights back into the files that they were loaded from.
+            original = quantization_of(self.llm) is None
+            self.llm.save_pretrained(os.path.join(save_directory, LLM_SUBFOLDER), save_original_format=original)
         if (state_dict := kwargs.get("state_dict")) is not None:
             prefix = f"{self.base_model_prefix}."
             kwargs["state_dict"] = {k: v for k, v in state_dict.items() if is_checkpoint_key(k.removeprefix(prefix))}
