@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_sft import SETTINGS
 from test_trainer import ROWS, losses, make_trainer, without_dropout
 from torch import nn
-from transformers import AutoModel, Seq2SeqTrainer, Trainer
+from transformers import AutoModel, AutoModelForSeq2SeqLM, Seq2SeqTrainer, Trainer, pipeline
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import hub
 from trl import SFTConfig, SFTTrainer
@@ -170,6 +170,24 @@ def test_trainer_checkpoint_is_an_adapter(saved, tmp_path):
     again = AutoPeftModel.from_pretrained(checkpoint, import_allowlist=["transformers_llm2slm"])
     batch = batch_of(processor)
     torch.testing.assert_close(again(**batch).logits, adapted.eval()(**batch).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("save_llm", [False, True])
+def test_an_adapter_loads_as_a_model(saved, save_llm, tmp_path):
+    """transformers finds the base that an adapter names, in every class; also one that holds its LLM."""
+    model, processor = saved
+    model.save_pretrained(tmp_path / "whole", save_llm=save_llm)
+    model = load(tmp_path / "whole")
+    adapted = disturb(get_peft_model(model, lora_config(model)))
+    adapted.save_pretrained(tmp_path / "adapter")
+    processor.save_pretrained(tmp_path / "whole")  # a pipeline takes that of the base
+    batch, prompts = batch_of(processor), processor(text=PROMPTS, padding=True, return_tensors="pt")
+    for cls in (LLM2SLMForConditionalGeneration, AutoModel, AutoModelForSeq2SeqLM):
+        again = cls.from_pretrained(tmp_path / "adapter")
+        torch.testing.assert_close(again(**batch).logits, adapted(**batch).logits, rtol=0, atol=1e-5)
+    texts = processor.batch_decode(adapted.generate(**prompts, max_new_tokens=8), skip_special_tokens=True)
+    pipe = pipeline("text2text-generation", model=str(tmp_path / "adapter"))
+    assert [pipe(prompt, max_new_tokens=8)[0]["generated_text"] for prompt in PROMPTS] == texts
 
 
 def test_a_checkpoint_that_lacks_weights_is_noticed(saved, tmp_path):

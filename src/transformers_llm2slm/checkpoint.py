@@ -84,9 +84,11 @@ def attach_pretrained_llm(
         other = llm_kwargs.pop("name_or_path", None)
         own = other is None and config.llm_in_checkpoint
         if own:
-            name = os.fspath(checkpoint)
-            subfolder = "/".join(part for part in (hub.get("subfolder"), LLM_SUBFOLDER) if part)
-            arguments |= {"revision": hub.get("revision"), "subfolder": subfolder}
+            # Where `checkpoint` is an adapter of PEFT, the model is its base, which is elsewhere.
+            name = model.name_or_path
+            place = hub if name == os.fspath(checkpoint) else {}
+            subfolder = "/".join(part for part in (place.get("subfolder"), LLM_SUBFOLDER) if part)
+            arguments |= {"revision": place.get("revision"), "subfolder": subfolder}
         else:
             name = other or config.llm_name_or_path
             if name is None:

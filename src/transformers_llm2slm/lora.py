@@ -42,7 +42,9 @@ def lora_config(
     >>> model = get_peft_model(model, lora_config(model))
     >>> trainer = Seq2SeqTrainer(model, ...)  # SFTTrainer(model, peft_config=lora_config(model), ...) does both
     >>> model.save_pretrained("adapter")
-    >>> model = PeftModel.from_pretrained(LLM2SLMForConditionalGeneration.from_pretrained(base), "adapter")
+    >>> model.push_to_hub("org/adapter")  # the adapter alone
+    >>> model = AutoPeftModel.from_pretrained("adapter", import_allowlist=["transformers_llm2slm"])
+    >>> model.merge_and_unload().save_pretrained("merged")  # an ordinary checkpoint
     ```
 
     Args:
