@@ -8,6 +8,7 @@ from .data_collator import LLM2SLMDataCollator
 from .distillation import LogitDistillationMixin
 from .fit import fit_projector, fit_slm_embeddings
 from .llm_states_cache import cache_error, cache_llm_states
+from .lora import lora_config
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMModel, LLM2SLMOutput
 from .processing_llm2slm import LLM2SLMProcessor
 from .projector import LLM2SLMProjector
@@ -33,5 +34,6 @@ __all__ = [
     "cache_llm_states",
     "fit_projector",
     "fit_slm_embeddings",
+    "lora_config",
     "prepare_sft_config",
 ]
