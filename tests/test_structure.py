@@ -8,7 +8,15 @@ from conftest import FAMILIES
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from transformers_llm2slm.configuration_llm2slm import encoder_text_config
-from transformers_llm2slm.structure import DroppedModule, drop_module, embed_tokens, move_padding, position_limit
+from transformers_llm2slm.structure import (
+    DroppedModule,
+    drop_module,
+    embed_tokens,
+    join_tied_embeddings,
+    layer_classes,
+    move_padding,
+    position_limit,
+)
 
 
 def test_move_padding():
@@ -65,3 +73,39 @@ def test_drop_module_keeps_the_rest_working(family):
     assert not any("encoder." in key.removeprefix("model.").split("decoder")[0] for key in model.state_dict())
     with pytest.raises(RuntimeError, match="The encoder was dropped"):
         model(input_ids=ids, decoder_input_ids=ids)
+
+
+@pytest.mark.parametrize("family, joined", [("t5", 2), ("bart", 2), ("marian", 2), ("t5gemma", 0), ("gemma3", 0)])
+@torch.no_grad()
+def test_join_tied_embeddings(family, joined):
+    """The same model with fewer embeddings; an LM head, or an embedding of its own, stays what it is."""
+    config = FAMILIES[family]()
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_config(config).eval()
+    ids = torch.tensor([[5, 9, 17, 2]])
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids[:, :2]} if config.is_encoder_decoder else {})
+    expected, names, count = model(**inputs).logits, model.state_dict().keys(), len(list(model.modules()))
+    join_tied_embeddings(model)
+    assert len(list(model.modules())) == count - joined
+    assert model.state_dict().keys() == names
+    assert torch.equal(model(**inputs).logits, expected)
+    model.resize_token_embeddings(100)
+    assert {p.shape[0] for name, p in model.named_parameters(remove_duplicate=False) if "embed_tokens" in name} == {
+        100
+    }
+
+
+def test_embeddings_that_differ_are_not_joined():
+    """One tensor, but a decoder that scales what it looks up otherwise."""
+    model = AutoModelForSeq2SeqLM.from_config(FAMILIES["bart"]())
+    model.model.decoder.embed_tokens.embed_scale = 1.0
+    join_tied_embeddings(model)
+    assert model.model.decoder.embed_tokens is not model.model.shared
+    assert model.model.encoder.embed_tokens is model.model.shared
+
+
+def test_layer_classes_without_dropped_parts():
+    model = AutoModelForSeq2SeqLM.from_config(FAMILIES["bart"]())
+    assert layer_classes(model) == {"BartEncoderLayer", "BartDecoderLayer"}
+    drop_module(model, model.get_encoder(), "The encoder")
+    assert layer_classes(model) == {"BartDecoderLayer"}

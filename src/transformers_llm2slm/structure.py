@@ -63,6 +63,31 @@ def _without_dropped_ties(ties: dict[str, str], dropped: str) -> dict[str, str]:
     return kept
 
 
+def join_tied_embeddings(model: PreTrainedModel) -> None:
+    """
+    Make embeddings that share one matrix, and do the same with it, one module.
+
+    T5 or BART have the same embedding as `shared` and in their encoder and decoder. FSDP2 shards module by module and
+    refuses a matrix that two of its groups hold, and accelerate makes a group of the input embedding and the LM head.
+    """
+    for target, source in model.all_tied_weights_keys.items():
+        names = [key.rpartition(".")[0] for key in (target, source)]
+        modules = [model.get_submodule(name) for name in names]
+        if all(isinstance(module, nn.Embedding) for module in modules) and _alike(*modules):
+            model.set_submodule(names[0], modules[1])
+
+
+def _alike(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two modules differ in their parameters only."""
+    settings = [{k: v for k, v in vars(module).items() if not k.startswith("_")} for module in (first, second)]
+    return type(first) is type(second) and settings[0] == settings[1] and not first._buffers
+
+
+def layer_classes(model: PreTrainedModel) -> set[str]:
+    """Names of the classes that `model` says are never split (`_no_split_modules`), those of dropped parts left out."""
+    return set(model._no_split_modules or ()) & {type(module).__name__ for module in model.modules()}
+
+
 def reader(model: PreTrainedModel) -> Any:
     """The part of `model` that takes a prompt: its encoder or, where it has none (left), its decoder."""
     if model.config.is_encoder_decoder and not isinstance(encoder := model.get_encoder(), DroppedModule):
