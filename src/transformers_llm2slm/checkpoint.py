@@ -6,7 +6,8 @@ A checkpoint holds projector and SLM, and names the LLM by repository, commit an
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -15,15 +16,56 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig, encoder_text_config
 from .fingerprint import is_exact
-from .loading import HUB_ARGUMENTS, adopt_llm, llm_fingerprint, load_llm, location, quantization_of
+from .loading import (
+    HUB_ARGUMENTS,
+    RAM_EFFICIENT_LOADING,
+    adopt_llm,
+    llm_fingerprint,
+    load_llm,
+    location,
+    quantization_of,
+)
 
 if TYPE_CHECKING:
-    from .modeling_llm2slm import LLM2SLMForConditionalGeneration
+    from .modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMModel
 
 
 def is_checkpoint_key(name: str) -> bool:
     """Whether a checkpoint holds this key of [`LLM2SLMModel`]: projector and SLM are held, the LLM is only named."""
     return not name.startswith("llm.")
+
+
+@contextmanager
+def llm_left_out(module: LLM2SLMModel) -> Iterator[None]:
+    """`module` without its LLM, which is not even visited: 4-bit weights are rewritten when their state dict is asked for."""
+    llm = module.llm
+    # accelerate has put the model on the meta device and asks which weights to fill it with.
+    if llm is not None and all(next(part.parameters()).is_meta for part in (llm, module.slm)):
+        raise ValueError(RAM_EFFICIENT_LOADING)
+    module.llm = None
+    try:
+        yield
+    finally:
+        module.llm = llm
+
+
+def keep_first_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Hook after `state_dict()`: leave out a module's second names. torch.distributed.checkpoint knows the first only."""
+    first: dict[nn.Module, str] = {}
+    named = module.named_modules(remove_duplicate=False)
+    seconds = tuple(f"{prefix}{name}." for name, submodule in named if first.setdefault(submodule, name) != name)
+    for key in [key for key in state_dict if key.startswith(seconds)]:
+        del state_dict[key]
+
+
+def checkpoint_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of `model` holds of a state dict that was gathered from several processes: tied weights once."""
+    prefix, ties = f"{model.base_model_prefix}.", model.all_tied_weights_keys
+    return {
+        key: value
+        for key, value in state_dict.items()
+        if is_checkpoint_key(key.removeprefix(prefix)) and ties.get(key) not in state_dict
+    }
 
 
 def expect_checkpoint_keys(module: nn.Module, incompatible_keys: Any) -> None:

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import is_fsdp_enabled
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -53,6 +54,14 @@ def resolved_commit(name_or_path: str, revision: str | None, hub: Mapping[str, A
     known = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if hub.get(key) is not None}
     resolved = resolve_revision(name_or_path, revision, **known)
     return getattr(resolved, "resolved", resolved)
+
+
+# With this setting accelerate gives all processes but the first their weights from the model's state dict.
+RAM_EFFICIENT_LOADING = (
+    "`fsdp_cpu_ram_efficient_loading` hands on what the first process has in the model's state dict, and the frozen LLM "
+    "is not in it. Set `fsdp_cpu_ram_efficient_loading: false` in the configuration of accelerate, so that each process "
+    "loads the LLM, or train on cached LLM states with `load_llm=False`."
+)
 
 
 # The LLM -----------------------------------------------------------------------------------------------------------------
@@ -121,8 +130,10 @@ def load_llm(name_or_path: str, config: PreTrainedConfig | None = None, **kwargs
 
     Raises:
         OSError: if it can't be reached; the text says how to go on without it.
-        ValueError: if its checkpoint lacks weights.
+        ValueError: if its checkpoint lacks weights, or if FSDP lets only the first process load any.
     """
+    if is_fsdp_enabled():
+        raise ValueError(RAM_EFFICIENT_LOADING)
     try:
         if config is None:
             config = AutoConfig.from_pretrained(name_or_path, **location(kwargs, *REMOTE_CODE_ARGUMENTS))
