@@ -17,9 +17,39 @@ from conftest import PROMPTS, Pair
 from transformers import AutoModel, AutoModelForCausalLM
 
 from transformers_llm2slm import LLM2SLMForConditionalGeneration
-from transformers_llm2slm.checkpoint import is_checkpoint_key
+from transformers_llm2slm.checkpoint import checkpoint_state_dict, is_checkpoint_key
 
 load = LLM2SLMForConditionalGeneration.from_pretrained
+
+
+def test_state_dict_holds_each_module_once(zoo):
+    """T5's embedding has three names and one module; its LM head is another module with the same matrix."""
+    model, _ = zoo.compose(Pair("llama", "t5", "replace"))
+    names = {name for name in model.state_dict() if model.get_parameter(name) is model.slm.shared.weight}
+    assert names == {"model.slm.shared.weight", "model.slm.lm_head.weight"}
+    assert model.load_state_dict(model.state_dict()) == ([], [])
+    # What is gathered from several processes no longer shows what is tied.
+    gathered = {name: value.clone() for name, value in model.state_dict().items()}
+    assert gathered.keys() - checkpoint_state_dict(model, gathered).keys() == {"model.slm.lm_head.weight"}
+
+
+def test_layers_of_both_parts(zoo):
+    """What FSDP shards one by one and device maps keep together: the layers that there are, as long as they are."""
+    model, _ = zoo.compose(Pair("llama", "bart", "replace", (("slm_encoder", "skip"),)))
+    assert model._no_split_modules == model.model._no_split_modules == {"LlamaDecoderLayer", "BartDecoderLayer"}
+    model.model.attach_llm(None)
+    assert model._no_split_modules == {"BartDecoderLayer"}
+
+
+def test_fsdp_that_would_lose_the_llm_is_refused(checkpoint, monkeypatch):
+    """accelerate's loading by the first process only: asked for before the model is loaded, or after."""
+    whole = load(checkpoint).to("meta")
+    with pytest.raises(ValueError, match="Set `fsdp_cpu_ram_efficient_loading: false`"):
+        whole.state_dict()
+    assert load(checkpoint, load_llm=False).to("meta").state_dict()["model.slm.shared.weight"].is_meta
+    monkeypatch.setattr("transformers_llm2slm.loading.is_fsdp_enabled", lambda: True)
+    with pytest.raises(ValueError, match="`load_llm=False`"):
+        load(checkpoint)
 
 
 @pytest.fixture

@@ -17,8 +17,10 @@ from .checkpoint import (
     attach_pretrained_llm,
     check_can_be_saved,
     check_loaded,
+    checkpoint_state_dict,
     expect_checkpoint_keys,
-    is_checkpoint_key,
+    keep_first_names,
+    llm_left_out,
     record_llm_precision,
 )
 from .composition import compose
@@ -27,7 +29,15 @@ from .llm_states import read_llm_states
 from .loading import HUB_ARGUMENTS, freeze, quantization_of, slm_auto_class, take_prefixed
 from .projector import LLM2SLMProjector
 from .prompt import LLM2SLMPrompt, check_labels, check_response_length, fuse, prompt_mask, without_prompt_length
-from .structure import accepts, drop_module, embed_tokens, move_padding, reader
+from .structure import (
+    accepts,
+    drop_module,
+    embed_tokens,
+    join_tied_embeddings,
+    layer_classes,
+    move_padding,
+    reader,
+)
 
 
 # Outputs -----------------------------------------------------------------------------------------------------------------
@@ -91,6 +101,15 @@ class LLM2SLMPreTrainedModel(PreTrainedModel):
         """Device of the SLM, whatever that of the LLM."""
         return self.slm.device
 
+    @property
+    def _no_split_modules(self) -> set[str]:
+        """Classes of the layers of SLM and LLM: what FSDP shards one by one, and device maps keep in one place."""
+        return layer_classes(self.slm) | (set() if self.llm is None else layer_classes(self.llm))
+
+    @_no_split_modules.setter
+    def _no_split_modules(self, value: Any) -> None:
+        pass  # PreTrainedModel sets its own; the parts know better, and the LLM comes and goes
+
     def get_input_embeddings(self) -> nn.Module:
         return reader(self.slm).get_input_embeddings()
 
@@ -122,8 +141,10 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
         self.slm = slm_auto_class(config.slm_config).from_config(config.slm_config) if slm is None else slm
         if config.slm_encoder == "skip":
             drop_module(self.slm, self.slm.get_encoder(), "The SLM's encoder")
+        join_tied_embeddings(self.slm)
         config.slm_config = self.slm.config
         self.llm: PreTrainedModel | None = None
+        self.register_state_dict_post_hook(keep_first_names)
         self.register_load_state_dict_post_hook(expect_checkpoint_keys)
         self.post_init()
 
@@ -139,13 +160,9 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Projector and SLM. The LLM is not even visited: 4-bit weights are rewritten when their state dict is asked for."""
-        llm = self._modules.pop("llm", None)
-        try:
+        """Projector and SLM, each tensor once."""
+        with llm_left_out(self):
             return super().state_dict(*args, **kwargs)
-        finally:
-            if llm is not None:
-                self._modules["llm"] = llm
 
     # Reading -------------------------------------------------------------------------------------------------------------
     def llm_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -442,8 +459,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             original = quantization_of(self.llm) is None
             self.llm.save_pretrained(os.path.join(save_directory, LLM_SUBFOLDER), save_original_format=original)
         if (state_dict := kwargs.get("state_dict")) is not None:
-            prefix = f"{self.base_model_prefix}."
-            kwargs["state_dict"] = {k: v for k, v in state_dict.items() if is_checkpoint_key(k.removeprefix(prefix))}
+            kwargs["state_dict"] = checkpoint_state_dict(self, state_dict)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     # Reading and writing ---------------------------------------------------------------------------------------------
