@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutput, ModelOutput
+from transformers.modeling_outputs import BaseModelOutput
 
 from .checkpoint import (
     attach_pretrained_llm,
@@ -27,6 +25,7 @@ from .composition import compose
 from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig
 from .llm_states import read_llm_states
 from .loading import HUB_ARGUMENTS, freeze, quantization_of, slm_auto_class, take_prefixed
+from .outputs import LLM2SLMModelOutput, LLM2SLMOutput
 from .projector import LLM2SLMProjector
 from .prompt import LLM2SLMPrompt, check_labels, check_response_length, fuse, prompt_mask, without_prompt_length
 from .structure import (
@@ -38,38 +37,6 @@ from .structure import (
     move_padding,
     reader,
 )
-
-
-# Outputs -----------------------------------------------------------------------------------------------------------------
-@dataclass
-class LLM2SLMModelOutput(ModelOutput):
-    """
-    Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch_size, response_length, hidden_size)`): The SLM's states at the
-            response's positions; position `t` is the one that predicts token `t`.
-        past_key_values (`Cache`, *optional*): The SLM's cache.
-    """
-
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-
-
-@dataclass
-class LLM2SLMOutput(ModelOutput):
-    """
-    Args:
-        loss (`torch.Tensor` of shape `(1,)`, *optional*): The SLM's own language-model loss over the response.
-        logits (`torch.Tensor` of shape `(batch_size, response_length, vocab_size)`): `logits[:, t]` scores token `t` of
-            the response.
-        past_key_values (`Cache`, *optional*): The SLM's cache.
-        hidden_states, attentions (`tuple(torch.Tensor)`, *optional*): Those of the SLM's decoder, where asked for.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 # Models ------------------------------------------------------------------------------------------------------------------
