@@ -505,6 +505,37 @@ def test_rows_that_can_not_be_taken(tmp_path, name, content, text):
         load_rows(tmp_path / name)
 
 
+CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.parquet"])
+def test_rows_of_conversations(tmp_path, name):
+    """A column of conversations, or prompts and completions that are lists of messages."""
+    rows = [{"talk": CHAT, "asked": CHAT[:1], "answered": CHAT[1:]}] * 2
+    file = write_rows(tmp_path / name, rows)
+    assert load_rows(file, messages_column="talk").to_list() == [{"messages": CHAT}] * 2
+    columns = {"prompt_column": "asked", "completion_column": "answered"}
+    expected = [{"prompt": CHAT[:1], "completion": CHAT[1:]}] * 2
+    assert load_rows(file, **columns, conversational=True).to_list() == expected
+    with pytest.raises(ValueError, match="column 'asked' of .* must be text, found list"):
+        load_rows(file, **columns)
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ("Hello", "column 'messages' of .* must be a list of messages, found string"),
+        (CHAT[:1], "Row 0 .*no messages that end in an assistant's answer"),
+        (CHAT[1:], "Row 0 .*no messages that end in an assistant's answer"),
+        ([{"role": "user"}, CHAT[1]], "Row 0 .*no messages that end in an assistant's answer"),
+    ],
+)
+def test_conversations_that_can_not_be_taken(tmp_path, messages, text):
+    file = write_rows(tmp_path / "rows.jsonl", [{"messages": messages}])
+    with pytest.raises(ValueError, match=text):
+        load_rows(file, messages_column="messages")
+
+
 def test_rows_from_nowhere(tmp_path, rows_file):
     with pytest.raises(FileNotFoundError, match="There is no file"):
         load_rows(tmp_path / "none.jsonl")

@@ -1,4 +1,5 @@
-"""Rows to train and evaluate on: files and hub data sets, through `datasets`, as the columns `prompt` and `completion`."""
+"""Rows to train and evaluate on: files and hub data sets, through `datasets`, as the columns `prompt` and `completion`,
+or `messages`."""
 
 from __future__ import annotations
 
@@ -32,6 +33,8 @@ def load_rows(
     split: str = "train",
     prompt_column: str = "prompt",
     completion_column: str | None = "completion",
+    messages_column: str | None = None,
+    conversational: bool = False,
     max_rows: int | None = None,
     **hub: Any,
 ) -> Dataset:
@@ -44,14 +47,18 @@ def load_rows(
             file.
         prompt_column, completion_column (`str`): The columns to take; `translation.de` takes `de` of the column
             `translation`. `completion_column=None` takes prompts only.
+        messages_column (`str`, *optional*): Take this column of conversations instead, as `messages`; each ends in the
+            assistant's answer.
+        conversational (`bool`, defaults to `False`): Let prompts and completions be lists of messages, with `"role"` and
+            `"content"`, as well as text.
         max_rows (`int`, *optional*): Only so many rows, from the first.
         hub: `token`, `cache_dir` ... for the data set.
 
     Returns:
-        `datasets.Dataset` with the columns `prompt` and, unless not wanted, `completion`, both of text.
+        `datasets.Dataset` with the columns `prompt` and, unless not wanted, `completion`, or with the column `messages`.
 
     Raises:
-        ValueError: for a file of another kind, a column that there isn't, or a row without text.
+        ValueError: for a file of another kind, a column that there isn't, or a row that lacks something.
         OSError: for a file that there isn't.
     """
     require_extra("train", "datasets")
@@ -66,6 +73,8 @@ def load_rows(
         raise ValueError(f"{source} holds no rows.")
 
     columns = {"prompt": prompt_column} | ({"completion": completion_column} if completion_column else {})
+    if messages_column is not None:
+        columns, conversational = {"messages": messages_column}, True
     if any(column not in rows.column_names for column in columns.values()):
         rows = rows.flatten()
     for name, column in columns.items():
@@ -74,10 +83,13 @@ def load_rows(
                 f"{source} has no column {column!r}; its columns are {', '.join(rows.column_names)}: choose one with "
                 f"`{name}_column`."
             )
-        if (kind := getattr(rows.features[column], "dtype", "no text")) not in ("string", "large_string"):
-            raise ValueError(f"The column {column!r} of {source} must be text, found {kind}.")
+        kind = getattr(rows.features[column], "dtype", type(rows[0][column]).__name__)
+        is_text = kind in ("string", "large_string") and name != "messages"
+        if not is_text and not (conversational and kind == "list"):
+            expected = "a list of messages" if name == "messages" else "text"
+            raise ValueError(f"The column {column!r} of {source} must be {expected}, found {kind}.")
     rows = rows.select_columns(list(columns.values())).rename_columns({c: name for name, c in columns.items()})
-    _check_text(rows, source)
+    _check_values(rows, source)
     return rows
 
 
@@ -138,10 +150,28 @@ def _read_hub(dataset: str, dataset_config: str | None, split: str, hub: dict[st
     return datasets.load_dataset(dataset, dataset_config, split=split, **hub)
 
 
-def _check_text(rows: Dataset, source: str) -> None:
-    """Raise a `ValueError` for a row without a prompt (of more than white space) or without a completion."""
+def _check_values(rows: Dataset, source: str) -> None:
+    """Raise a `ValueError` for a row without a prompt (of more than white space), a completion, or usable messages."""
     for start in range(0, len(rows), 1000):
-        for name, texts in rows[start : start + 1000].items():
-            for index, text in enumerate(texts, start=start):
-                if text is None or (name == "prompt" and not text.strip()):
-                    raise ValueError(f"Row {index} of {source} (the first is 0) has no {name}: leave such rows out.")
+        for name, values in rows[start : start + 1000].items():
+            for index, value in enumerate(values, start=start):
+                if isinstance(value, list):
+                    complete = _is_conversation(value) and (name != "messages" or _ends_in_answer(value))
+                else:
+                    complete = value is not None and (name != "prompt" or bool(value.strip()))
+                if not complete:
+                    missing = "messages that end in an assistant's answer" if name == "messages" else name
+                    raise ValueError(
+                        f"Row {index} of {source} (the first is 0) has no {missing}: leave such rows out."
+                    )
+
+
+def _is_conversation(messages: list[Any]) -> bool:
+    return bool(messages) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in messages
+    )
+
+
+def _ends_in_answer(messages: list[dict[str, Any]]) -> bool:
+    return len(messages) > 1 and messages[-1]["role"] == "assistant"
