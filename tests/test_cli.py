@@ -525,9 +525,9 @@ def test_rows_of_conversations(tmp_path, name):
     ("messages", "text"),
     [
         ("Hello", "column 'messages' of .* must be a list of messages, found string"),
-        (CHAT[:1], "Row 0 .*no messages that end in an assistant's answer"),
-        (CHAT[1:], "Row 0 .*no messages that end in an assistant's answer"),
-        ([{"role": "user"}, CHAT[1]], "Row 0 .*no messages that end in an assistant's answer"),
+        (CHAT[:1], "Row 0 .*has no response to learn: .*found the roles user"),
+        (CHAT[1:], "Row 0 .*has no response to learn: .*found the roles assistant"),
+        ([{"role": "user"}, CHAT[1]], "Row 0 .*has no messages with text: leave such rows out"),
     ],
 )
 def test_conversations_that_can_not_be_taken(tmp_path, messages, text):

@@ -155,23 +155,13 @@ def _check_values(rows: Dataset, source: str) -> None:
     for start in range(0, len(rows), 1000):
         for name, values in rows[start : start + 1000].items():
             for index, value in enumerate(values, start=start):
-                if isinstance(value, list):
-                    complete = _is_conversation(value) and (name != "messages" or _ends_in_answer(value))
+                where = f"Row {index} of {source} (the first is 0)"
+                if isinstance(value, str):
+                    complete = name != "prompt" or bool(value.strip())
                 else:
-                    complete = value is not None and (name != "prompt" or bool(value.strip()))
+                    complete = is_conversation(value) and all(isinstance(m.get("content"), str) for m in value)
                 if not complete:
-                    missing = "messages that end in an assistant's answer" if name == "messages" else name
-                    raise ValueError(
-                        f"Row {index} of {source} (the first is 0) has no {missing}: leave such rows out."
-                    )
-
-
-def _is_conversation(messages: list[Any]) -> bool:
-    return bool(messages) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in messages
-    )
-
-
-def _ends_in_answer(messages: list[dict[str, Any]]) -> bool:
-    return len(messages) > 1 and messages[-1]["role"] == "assistant"
+                    missing = "messages with text" if name == "messages" else name
+                    raise ValueError(f"{where} has no {missing}: leave such rows out.")
+                if name == "messages":
+                    prompt_and_completion({"messages": value}, where)
