@@ -137,6 +137,7 @@ def parse_arguments(*types: type) -> list[Any]:
     level = training_args.get_process_log_level()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(level)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 says at every layer and step that it casts
     transformers_logging.set_verbosity(level)
     set_seed(training_args.seed)
     return list(parsed)
