@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 FIT_PROMPTS = 300  # what a start in closed form is fitted on
 DEFAULT_NEW_TOKENS = 128
+COMPOSING = ("fusion", "llm_layer", "slm_encoder", "projector_init", "fit_slm_embeddings")
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
     "nf4": {
@@ -76,7 +77,7 @@ class ModelArguments:
     llm_dtype: Literal["float32", "bfloat16", "float16"] | None = option("default: as stored")
     llm_quantization: Literal["int8", "nf4"] | None = option("quantise the LLM by bitsandbytes")
     slm_dtype: Literal["float32", "bfloat16", "float16"] = option("of SLM and projector; see also --bf16", "float32")
-    cache_llm_states: Path | None = option("run the LLM once over the rows, keep its states in this folder")
+    cache_llm_states: str | None = option("run the LLM once over the rows, keep its states in this folder")
     cache_dtype: Literal["float16", "bfloat16", "float32", "int8"] = option("of the cached states", "float16")
     cache_num_workers: int | None = option("processes that fill the cache, by Ray; default: this one")
 
@@ -99,9 +100,9 @@ class DataArguments:
     train_split: str = option("its split to train on; slices, as in train[:90%%], are taken", "train")
     validation_split: str = option("its split for --do_eval", "validation")
     test_split: str = option("its split for --do_predict", "test")
-    train_file: Path | None = option("file to train on")
-    validation_file: Path | None = option("file for --do_eval")
-    test_file: Path | None = option("file for --do_predict")
+    train_file: str | None = option("file to train on")
+    validation_file: str | None = option("file for --do_eval")
+    test_file: str | None = option("file for --do_predict")
     max_train_samples: int | None = option("only so many rows, from the first")
     max_eval_samples: int | None = option("the same for --do_eval")
     max_predict_samples: int | None = option("the same for --do_predict")
@@ -122,7 +123,7 @@ class DataArguments:
     @property
     def name(self) -> str | None:
         """What the model card says about the data."""
-        return self.dataset_name or (str(self.train_file) if self.train_file else None)
+        return self.dataset_name or self.train_file
 
 
 def parse_arguments(*types: type) -> list[Any]:
@@ -172,7 +173,9 @@ def read_rows(
             continue
         if file is None and data.dataset_name is None:
             raise ValueError(f"There are no {name} rows: give `--{name}_file` or `--dataset_name`.")
-        source = {"file": file} if file else {"dataset": data.dataset_name, "dataset_config": data.dataset_config_name}
+        source: dict[str, Any] = {"dataset": data.dataset_name, "dataset_config": data.dataset_config_name}
+        if file is not None:
+            source = {"file": Path(file)}
         with training_args.main_process_first(desc=f"reading the {name} rows"):
             loaded = load_rows(**source, split=split, max_rows=max_rows, **columns)
             rows[name] = with_affixes(loaded, data, processor)
@@ -212,10 +215,8 @@ def check_lengths(
     """Raise a `ValueError` for rows longer than the SLM's positions, before training comes upon them."""
     limit = position_limit(decoder_text_config(model.slm.config), model.slm)
     prompt, response = collator.max_prompt_length, collator.max_response_length
-    surely_fit = limit is None or (
-        prompt and response and prompt + response <= limit and model.config.fusion != "align"
-    )
-    if surely_fit:
+    cut = prompt and response and model.config.fusion != "align"  # which has the prompt in the SLM's tokens
+    if limit is None or (cut and prompt + response <= limit):
         return
     for name, part in rows.items():
         longest = {"prompt": 0, "response": 0}
@@ -259,10 +260,10 @@ def prepare(
     collator = LLM2SLMDataCollator(processor, data.max_prompt_length, data.max_response_length)
     with training_args.main_process_first(desc="checking lengths"):
         check_lengths(rows, model, collator)
-    if args.cache_llm_states is not None:
+    if args.cache_llm_states is not None and training_args.do_train:
         model.to(training_args.device)
-        for name in rows.keys() - {"test"}:
-            with training_args.main_process_first(desc=f"caching the LLM's states of the {name} rows"):
+        for name in [name for name in rows if name != "test"]:
+            with training_args.main_process_first(local=False, desc=f"caching the LLM's states of the {name} rows"):
                 rows[name] = cache_llm_states(
                     rows[name],
                     model,
@@ -279,6 +280,10 @@ def prepare(
 
 def load_processor(args: ModelArguments) -> LLM2SLMProcessor:
     if args.model_name_or_path is not None:
+        if given := [name for name in COMPOSING if getattr(args, name)]:
+            raise ValueError(
+                f"`--{given[0]}` is for composing a model; `--model_name_or_path` is one already. Leave it out."
+            )
         return LLM2SLMProcessor.from_pretrained(args.model_name_or_path)
     if args.llm_name_or_path is None:
         raise ValueError("There is no LLM: give `--llm_name_or_path`.")

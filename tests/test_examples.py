@@ -19,8 +19,8 @@ from transformers.utils import logging
 from transformers_llm2slm import LLM2SLMDataCollator, LLM2SLMForConditionalGeneration
 from transformers_llm2slm.evaluation import generate_texts, text_scores
 
-# TRL 1.16 turns on by the old name what transformers 5.23 calls `activation_checkpointing`.
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+# TRL 1.16 and PEFT 0.21 call by its old name what transformers 5.23 calls `activation_checkpointing`.
+pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 ROWS = [{"prompt": f"{prompt} {i}", "completion": RESPONSES[i % 3]} for i, prompt in enumerate(PROMPTS * 3)]
@@ -165,7 +165,7 @@ def test_summarization(run, file, zoo, tmp_path):
 
 
 def test_translation_of_nested_columns(run, file, chat_llm):
-    """An SLM cut from the LLM; columns of a column; BLEU and chrF and no others; the arguments in a JSON file."""
+    """An SLM cut from the LLM; columns of a column; BLEU and chrF and no others."""
     rows = [{"translation": {"en": row["prompt"], "de": row["completion"]}} for row in ROWS]
     out = run(
         "run_translation",
@@ -237,22 +237,30 @@ def test_an_interrupted_run_goes_on(run, file, zoo, caplog):
     assert state["global_step"] == 4 and (out / "checkpoint-4").is_dir()
 
 
-def test_evaluation_of_a_checkpoint(run, file, small, tmp_path):
-    """A checkpoint is scored, and a file of arguments is read; nothing is trained or saved."""
+def test_evaluation_of_a_checkpoint(file, small, tmp_path, monkeypatch):
+    """A checkpoint is scored, with arguments from a file; nothing is trained, cached or saved."""
     model, processor = small
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    out = run(
-        "run_summarization",
-        "do_eval",
-        model_name_or_path=tmp_path / "model",
-        validation_file=file("rows.jsonl", ROWS[:3]),
-        max_response_length=8,
-    )
+    out = tmp_path / "out"
+    arguments = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "validation_file": str(file("rows.jsonl", ROWS[:3])),
+        "max_response_length": 8,
+        "do_eval": True,
+        "cache_llm_states": str(tmp_path / "states"),
+        "output_dir": str(out),
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    (tmp_path / "arguments.json").write_text(json.dumps(arguments))
+    monkeypatch.setattr(sys, "argv", ["run_summarization", str(tmp_path / "arguments.json")])
+    importlib.import_module("run_summarization").main()
     with torch.no_grad():
         loss = model(**LLM2SLMDataCollator(processor, None, 8)(ROWS[:3])).loss.item()
     assert numbers_of(out)["eval_loss"] == pytest.approx(loss, abs=1e-4)
     assert {path.name for path in out.iterdir()} == {"all_results.json", "eval_results.json"}
+    assert not (tmp_path / "states").exists()
 
 
 # Instructions ------------------------------------------------------------------------------------------------------------
@@ -349,6 +357,11 @@ def test_a_prompt_is_cut_before_its_suffix(small):
         ),
         ({"slm_name_or_path": None}, ["do_train"], "Give either `--model_name_or_path`, a checkpoint, or"),
         ({"llm_name_or_path": None}, ["do_train"], "There is no LLM: give `--llm_name_or_path`"),
+        (
+            {"slm_name_or_path": None, "model_name_or_path": "some/model", "fusion": "add"},
+            ["do_train"],
+            "`--fusion` is for composing a model",
+        ),
         (
             {"slm_name_or_path": None, "slm_layers": 1, "llm_quantization": "int8"},
             ["do_train"],
