@@ -26,7 +26,7 @@ from example_utils import (
 from transformers import Seq2SeqTrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from transformers_llm2slm import prepare_sft_config
+from transformers_llm2slm import lora_config, prepare_sft_config
 
 METRICS = ("rouge1", "rougeL", "chrf", "exact_match")
 
@@ -53,10 +53,13 @@ def main() -> None:
         messages_column=data_args.messages_column,
         conversational=True,
     )
-    peft_config = None
+    output_dir, peft_config = training_args.output_dir, None
     if data_args.use_peft:
-        from transformers_llm2slm.lora import lora_config
-
+        if not model.name_or_path:  # composed here: the adapter needs a base that it can name
+            if training_args.process_index == 0:
+                model.save_pretrained(f"{output_dir}/base")
+                collator.processor.save_pretrained(f"{output_dir}/base")
+            model.name_or_path = f"{output_dir}/base"
         peft_config = lora_config(model, r=data_args.lora_r, lora_alpha=data_args.lora_alpha)
     trainer = SFTTrainer(
         model,
@@ -71,7 +74,6 @@ def main() -> None:
     if training_args.do_eval:
         results["eval"] = evaluate(trainer)
 
-    output_dir = training_args.output_dir
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if data_args.use_peft:
         if trainer.is_world_process_zero():

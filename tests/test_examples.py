@@ -13,6 +13,7 @@ import torch
 from conftest import PROMPTS, RESPONSES
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from peft import PeftModel
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, pipeline
 from transformers.utils import logging
 
@@ -309,7 +310,6 @@ def test_instructions_as_conversations(run, file, chat_llm):
 
 def test_lora_ends_in_a_merged_checkpoint(run, file, zoo):
     """The merged model is at the root, its LM head and embeddings untouched; the adapter lies beside it."""
-    pytest.importorskip("transformers_llm2slm.lora")
     pair = t5_pair(zoo)
     out = run(
         "run_instruction_sft",
@@ -322,11 +322,19 @@ def test_lora_ends_in_a_merged_checkpoint(run, file, zoo):
         bf16=False,
     )
     assert (out / "adapter" / "adapter_config.json").is_file() and not (out / "adapter_config.json").exists()
-    before = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(*pair.values()).slm.state_dict()
-    merged = AutoModel.from_pretrained(out).slm.state_dict()
-    moved = {name for name, tensor in merged.items() if not torch.equal(tensor, before[name])}
+    base, merged = AutoModel.from_pretrained(out / "base"), AutoModel.from_pretrained(out)
+    before = base.slm.state_dict()
+    moved = {name for name, tensor in merged.slm.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved and not any("shared" in name or "lm_head" in name for name in moved)
     assert len((out / "generated_predictions.txt").read_text().splitlines()) == 3
+
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        out / "base"
+    )
+    adapted = PeftModel.from_pretrained(base, out / "adapter").eval()
+    batch = LLM2SLMDataCollator(AutoProcessor.from_pretrained(out))(ROWS[:3])
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(**batch).logits, merged.eval()(**batch).logits, rtol=0, atol=1e-4)
 
 
 # Rows and what is refused ------------------------------------------------------------------------------------------------
