@@ -607,3 +607,13 @@ def test_a_response_beyond_the_slms_limit(zoo, slm, what):
     with pytest.raises(ValueError, match=rf"{what}.* takes at most 128\. Cut them: .*`max_response_length`"):
         model(**inputs, labels=labels)
     assert model(**inputs, labels=labels[:, :64]).loss.isfinite()
+
+
+def test_a_state_dict_leaves_the_model_as_it_was(small):
+    """With its LLM, and when the LLM was taken away."""
+    model = small[0]
+    llm, keys = model.llm, set(model.state_dict())
+    assert model.llm is llm and keys and not any(".llm." in key for key in keys)
+    model.model.attach_llm(None)
+    assert set(model.state_dict()) == keys
+    assert model.llm is None and model.train().training
