@@ -295,3 +295,15 @@ def test_collator_of_another_length(small, tmp_path):
         LLM2SLMDataCollator(processor)([rows[0]])
     with pytest.raises(ValueError, match=r"Row 1 of the batch needs the LLM's states .* found none"):
         LLM2SLMDataCollator(processor, 8)([rows[0], ROWS[1]])
+
+
+def test_a_cache_that_grows_under_earlier_rows(small, tmp_path):
+    """Rows that were cached first keep their own states when the cache takes in the prompts of other rows."""
+    model, processor = small
+    parts = [[{"prompt": f"{prompt} {i}", "completion": "x"} for prompt in PROMPTS] for i in range(6)]
+    cached = [cache_llm_states(part, model, processor, tmp_path / "states", dtype="float32") for part in parts]
+    for part, rows in zip(parts, cached, strict=True):
+        for row, plain in zip(rows, part, strict=True):
+            inputs = processor(text=[plain["prompt"]], return_tensors="pt")
+            expected = model.model.llm_states(inputs["input_ids"], inputs["attention_mask"])[0]
+            torch.testing.assert_close(torch.as_tensor(row["llm_hidden_states"]), expected, rtol=0, atol=1e-5)

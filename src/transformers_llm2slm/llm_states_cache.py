@@ -41,7 +41,7 @@ logger = logging.get_logger(__name__)
 
 SETTINGS_NAME = "cache.json"
 SHAPE, DTYPE = "shape of the states of a token", "dtype of the states"
-_INDEX_COLUMN = "llm_states_index"
+_KEY_COLUMN = "llm_states_key"
 # Beside its states, a row of a file holds its key, its length and two sums.
 _ROW_BYTES = 80
 # A file holds the states of at most so many bytes and so many prompts: what an interruption can cost.
@@ -101,8 +101,8 @@ def cache_llm_states(
     if len(rows) == 0:
         raise ValueError("`rows` is empty: there is nothing to cache.")
     rows = rows.with_format(None)
-    if _INDEX_COLUMN in rows.column_names:  # of an earlier cache
-        rows = rows.remove_columns(_INDEX_COLUMN)
+    if _KEY_COLUMN in rows.column_names:  # of an earlier cache
+        rows = rows.remove_columns(_KEY_COLUMN)
     cache = LLMStatesCache(cache_dir)
     reader = PromptReader.of(model, processor, max_prompt_length, check_dtype(dtype), batch_size)
     cache.claim(reader.settings())
@@ -128,9 +128,9 @@ def cache_llm_states(
         with datasets.utils.tqdm(total=len(missing), desc="Caching LLM states", unit=" prompts") as progress:
             for count in encoded:
                 progress.update(count)
-        cache = LLMStatesCache(cache_dir)
         logger.info("Relative error of the stored states: %.2g (%s).", cache_error(cache_dir), dtype)
-    rows = rows.add_column(_INDEX_COLUMN, cache.find(keys))
+    # Keys and not places: those change when the cache grows by the prompts of other rows.
+    rows = rows.add_column(_KEY_COLUMN, keys.astype(str).tolist())
     return rows.with_transform(AttachStates(cache_dir))
 
 
@@ -373,24 +373,27 @@ class AttachStates:
 
     def __init__(self, cache_dir: str | os.PathLike):
         self.cache_dir = os.path.abspath(cache_dir)
-        self._opened: tuple[Dataset, dict[str, Any]] | None = None
+        self._opened: tuple[LLMStatesCache, dict[str, Any]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": None}
 
     def __call__(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         columns = dict(columns)
-        indices = columns.pop(_INDEX_COLUMN, None)
-        if indices is None:  # only other columns are asked for
+        keys = columns.pop(_KEY_COLUMN, None)
+        if keys is None:  # only other columns are asked for
             return columns
         if self._opened is None:
             cache = LLMStatesCache(self.cache_dir)
-            if cache.shards is None:
-                raise ValueError(f"The cached LLM states in {self.cache_dir!r} are gone. Make them again.")
-            self._opened = cache.shards, cache.settings()
-        shards, settings = self._opened
+            self._opened = cache, cache.settings() if cache.shards is not None else {}
+        cache, settings = self._opened
+        places = cache.find(np.array(keys, dtype="S32"))
+        if cache.shards is None or (places < 0).any():
+            raise ValueError(f"The cached LLM states in {self.cache_dir!r} are gone. Make them again.")
         shape, dtype = tuple(settings[SHAPE]), settings[DTYPE]
-        return columns | {STATES_COLUMN: [decode_states(data, shape, dtype) for data in shards[indices]["states"]]}
+        return columns | {
+            STATES_COLUMN: [decode_states(data, shape, dtype) for data in cache.shards[places]["states"]]
+        }
 
 
 # Encoding ----------------------------------------------------------------------------------------------------------------
