@@ -196,7 +196,9 @@ def test_translation_of_nested_columns(run, file, chat_llm):
 def test_cached_states_give_the_same_run(run, file, zoo, tmp_path, monkeypatch):
     """Trained on cached states, without an LLM in memory: losses, metrics and texts are those of the live run."""
     without_dropout(monkeypatch)
-    train_file, test_file = file("train.jsonl", ROWS), file("test.jsonl", ROWS[:3])
+    train_file = file("train.jsonl", ROWS)
+    # Prompts of their own: both splits go into one cache.
+    test_file = file("test.jsonl", [row | {"prompt": "Other. " + row["prompt"]} for row in ROWS[:3]])
     utils = importlib.import_module("example_utils")
     llms = []
     monkeypatch.setattr(
