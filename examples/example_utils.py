@@ -458,7 +458,7 @@ def write_card(
         "prompts": repr(f"{data.prompt_prefix}...{data.prompt_suffix}"),
         "seed": settings.seed,
     }
-    left_out = ("runtime", "per_second", "epoch", "samples", "num_tokens")
+    left_out = ("runtime", "per_second", "epoch", "samples", "num_tokens", "preparation_time")
     measured = {
         {"eval": "validation", "predict": "test"}[split]: {
             key.removeprefix(f"{split}_"): value for key, value in metrics.items() if not key.endswith(left_out)
