@@ -301,11 +301,6 @@ def load_model(
             args.model_name_or_path, dtype=args.slm_dtype, **args.llm_options()
         )
     else:
-        if args.llm_quantization is not None and args.slm_layers is not None:
-            raise ValueError(
-                "An SLM can't be cut from a quantised LLM. Compose the model first, by `llm2slm compose LLM OUT "
-                "--slm-layers N`, and give OUT as `--model_name_or_path`."
-            )
         options = {
             "slm_layers": numbers("slm_layers", args.slm_layers),
             "llm_layer": numbers("llm_layer", args.llm_layer),

@@ -35,6 +35,7 @@ METRICS = ("rouge1", "rougeL", "chrf", "exact_match")
 class InstructionArguments(DataArguments):
     prompt_column: str = option("column of the prompts", "prompt")
     completion_column: str = option("column of the answers", "completion")
+    context_column: str | None = option("column that follows the prompt, where it has text, as Alpaca's input")
     messages_column: str | None = option("column of conversations that end in an answer, in place of the two")
     use_peft: bool = option("train LoRA adapters in the SLM, and the projector; ends in a merged model", False)
     lora_r: int = option("rank of the adapters", 16)
@@ -50,6 +51,7 @@ def main() -> None:
         training_args,
         prompt_column=data_args.prompt_column,
         completion_column=data_args.completion_column,
+        context_column=data_args.context_column,
         messages_column=data_args.messages_column,
         conversational=True,
     )
@@ -74,15 +76,17 @@ def main() -> None:
     if training_args.do_eval:
         results["eval"] = evaluate(trainer)
 
-    trained = trainer.accelerator.unwrap_model(trainer.model)
     if data_args.use_peft:
+        adapted = trainer.accelerator.unwrap_model(trainer.model)
         if trainer.is_world_process_zero():
-            trained.save_pretrained(f"{output_dir}/adapter")
-        model = trained.merge_and_unload()
-    if trainer.is_world_process_zero():
-        model.save_pretrained(output_dir)
-        collator.processor.save_pretrained(output_dir)
-    trainer.accelerator.wait_for_everyone()
+            adapted.save_pretrained(f"{output_dir}/adapter")
+        model = adapted.merge_and_unload()
+        if trainer.is_world_process_zero():
+            model.save_pretrained(output_dir)
+            collator.processor.save_pretrained(output_dir)
+        trainer.accelerator.wait_for_everyone()
+    else:
+        trainer.save_model()
 
     if training_args.do_predict:
         if model.llm is None:

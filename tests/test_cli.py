@@ -470,6 +470,18 @@ def test_rows_of_every_kind_of_file(tmp_path, name):
     assert load_rows(write_rows(tmp_path / name, rows)).to_list() == rows
 
 
+def test_rows_with_a_context(tmp_path):
+    """It follows the prompt, in rows where it has text, as in Alpaca."""
+    rows = [{"instruction": "Add.", "input": text, "output": "3"} for text in ("1 + 2", "", " ")]
+    columns = {"prompt_column": "instruction", "completion_column": "output", "context_column": "input"}
+    prompts = load_rows(write_rows(tmp_path / "rows.jsonl", rows), **columns)["prompt"][:]
+    assert prompts == ["Add.\n\n1 + 2", "Add.", "Add."]
+    with pytest.raises(
+        ValueError, match="no column 'inputs'; its columns are instruction, input, output: .* `context_column`"
+    ):
+        load_rows(tmp_path / "rows.jsonl", **columns | {"context_column": "inputs"})
+
+
 def test_rows_by_column(tmp_path):
     nested = [{"id": i, "translation": {"en": row["prompt"], "de": row["completion"]}} for i, row in enumerate(ROWS)]
     file = write_rows(tmp_path / "nested.jsonl", nested)

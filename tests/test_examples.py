@@ -372,11 +372,6 @@ def test_a_prompt_is_cut_before_its_suffix(small):
             ["do_train"],
             "`--fusion` is for composing a model",
         ),
-        (
-            {"slm_name_or_path": None, "slm_layers": 1, "llm_quantization": "int8"},
-            ["do_train"],
-            "can't be cut from a quantised LLM. Compose the model first",
-        ),
     ],
 )
 def test_refused(run, file, zoo, options, flags, text):

@@ -61,7 +61,8 @@ def compose(
     **kwargs: Any,
 ) -> LLM2SLMForConditionalGeneration:
     """See [`LLM2SLMForConditionalGeneration.from_llm_slm_pretrained`]."""
-    fields = {name: kwargs.pop(name) for name in CONFIG_ARGUMENTS if kwargs.get(name) is not None}
+    given = {name: kwargs.pop(name, None) for name in CONFIG_ARGUMENTS}
+    fields = {name: value for name, value in given.items() if value is not None}
     shared = {key: kwargs.pop(key) for key in (*HUB_ARGUMENTS, "dtype", "trust_remote_code") if key in kwargs}
     llm_kwargs, slm_kwargs = shared | take_prefixed(kwargs, "llm_"), shared | take_prefixed(kwargs, "slm_")
     if kwargs:

@@ -33,6 +33,7 @@ def load_rows(
     split: str = "train",
     prompt_column: str = "prompt",
     completion_column: str | None = "completion",
+    context_column: str | None = None,
     messages_column: str | None = None,
     conversational: bool = False,
     max_rows: int | None = None,
@@ -47,6 +48,7 @@ def load_rows(
             file.
         prompt_column, completion_column (`str`): The columns to take; `translation.de` takes `de` of the column
             `translation`. `completion_column=None` takes prompts only.
+        context_column (`str`, *optional*): A column that follows the prompt after an empty line, in rows where it has text.
         messages_column (`str`, *optional*): Take this column of conversations instead, as `messages`; each ends in the
             assistant's answer.
         conversational (`bool`, defaults to `False`): Let prompts and completions be lists of messages, with `"role"` and
@@ -73,6 +75,8 @@ def load_rows(
         raise ValueError(f"{source} holds no rows.")
 
     columns = {"prompt": prompt_column} | ({"completion": completion_column} if completion_column else {})
+    if context_column is not None:
+        columns["context"] = context_column
     if messages_column is not None:
         columns, conversational = {"messages": messages_column}, True
     if any(column not in rows.column_names for column in columns.values()):
@@ -89,8 +93,14 @@ def load_rows(
             expected = "a list of messages" if name == "messages" else "text"
             raise ValueError(f"The column {column!r} of {source} must be {expected}, found {kind}.")
     rows = rows.select_columns(list(columns.values())).rename_columns({c: name for name, c in columns.items()})
+    if "context" in columns:
+        rows = rows.map(_add_context, remove_columns="context", desc="Adding contexts")
     _check_values(rows, source)
     return rows
+
+
+def _add_context(row: dict[str, str | None]) -> dict[str, str]:
+    return {"prompt": "\n\n".join(part.strip() for part in (row["prompt"], row["context"]) if part and part.strip())}
 
 
 def prompt_and_completion(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
