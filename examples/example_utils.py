@@ -138,6 +138,8 @@ def parse_arguments(*types: type) -> list[Any]:
     level = training_args.get_process_log_level()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(level)
+    # What a cache will take, for instance.
+    logging.getLogger("transformers_llm2slm").setLevel(logging.INFO if training_args.should_log else logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 says at every layer and step that it casts
     transformers_logging.set_verbosity(level)
     set_seed(training_args.seed)
@@ -453,6 +455,8 @@ def write_card(
         "prompts": repr(f"{data.prompt_prefix}...{data.prompt_suffix}"),
         "seed": settings.seed,
     }
+    if getattr(data, "use_peft", False):
+        training["LoRA"] = f"rank {data.lora_r} and scale {data.lora_alpha}, merged into the SLM"
     left_out = ("runtime", "per_second", "epoch", "samples", "num_tokens", "preparation_time")
     measured = {
         {"eval": "validation", "predict": "test"}[split]: {
