@@ -62,6 +62,8 @@ def cache_llm_states(
     """
     The same rows with the LLM's states of their prompts, which are encoded where the cache does not hold them yet.
 
+    How many bytes that takes, and about how long, is logged (at level INFO) before it begins; a bar shows the progress.
+
     ```python
     >>> rows = cache_llm_states(rows, model, processor, "states", max_prompt_length=512)
     >>> model = AutoModel.from_pretrained("my-model", load_llm=False)  # now train without the LLM
