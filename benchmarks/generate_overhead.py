@@ -44,21 +44,27 @@ T5_V1_1 = {
     "tie_word_embeddings": False,
     "decoder_start_token_id": 0,
 }
+T5_LARGE = T5_V1_1 | {"d_model": 1024, "d_ff": 2816, "num_layers": 24, "num_heads": 16}
+T5_SMALL = T5_V1_1 | {"d_model": 512, "d_ff": 1024, "num_layers": 8, "num_heads": 6}
 
 
 def t5_large_to_t5_small() -> LLM2SLMForConditionalGeneration:
     """The encoder of T5 v1.1 large in front of a T5 v1.1 small."""
     # The LLM's decoder is dropped, so one layer of it will do.
-    large = T5Config(d_model=1024, d_ff=2816, num_layers=24, num_decoder_layers=1, num_heads=16, **T5_V1_1)
-    small = T5Config(d_model=512, d_ff=1024, num_layers=8, num_heads=6, **T5_V1_1)
+    large, small = T5Config(num_decoder_layers=1, **T5_LARGE), T5Config(**T5_SMALL)
     return LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
         T5Model(large), T5ForConditionalGeneration(small), fusion="add"
     )
 
 
 def smollm2_to_its_top_layers() -> LLM2SLMForConditionalGeneration:
-    """A Llama of the size of SmolLM2-135M (30 layers) in front of its own top 6 layers."""
-    config = LlamaConfig(
+    """A Llama of the size of SmolLM2-135M in front of its own top 6 layers."""
+    return LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(LlamaForCausalLM(smollm2_config()), slm_layers=6)
+
+
+def smollm2_config() -> LlamaConfig:
+    """The size of SmolLM2-135M: 30 layers."""
+    return LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
@@ -72,7 +78,6 @@ def smollm2_to_its_top_layers() -> LLM2SLMForConditionalGeneration:
         eos_token_id=2,
         pad_token_id=2,
     )
-    return LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(LlamaForCausalLM(config), slm_layers=6)
 
 
 PAIRS: dict[str, Callable[[], LLM2SLMForConditionalGeneration]] = {

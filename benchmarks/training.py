@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from generate_overhead import T5_V1_1, smollm2_to_its_top_layers
+from generate_overhead import T5_LARGE, T5_SMALL, smollm2_config
 from report import provenance
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -89,10 +89,10 @@ def compose(pair: str) -> tuple[PreTrainedModel, LLM2SLMForConditionalGeneration
     """The whole LLM, and the hybrid."""
     torch.manual_seed(0)
     if pair == PAIRS[0]:
-        llm = T5ForConditionalGeneration(T5Config(d_model=1024, d_ff=2816, num_layers=24, num_heads=16, **T5_V1_1))
-        slm = T5ForConditionalGeneration(T5Config(d_model=512, d_ff=1024, num_layers=8, num_heads=6, **T5_V1_1))
+        llm = T5ForConditionalGeneration(T5Config(**T5_LARGE))
+        slm = T5ForConditionalGeneration(T5Config(**T5_SMALL))
         return llm, LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm, fusion="add")
-    llm = LlamaForCausalLM(smollm2_to_its_top_layers().config.llm_config)
+    llm = LlamaForCausalLM(smollm2_config())
     return llm, LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm_layers=12)
 
 

@@ -31,6 +31,7 @@ from transformers_llm2slm import (
     cache_llm_states,
     fit_slm_embeddings,
 )
+from transformers_llm2slm.cli.arguments import integers
 from transformers_llm2slm.configuration_llm2slm import decoder_text_config
 from transformers_llm2slm.evaluation import text_scores
 from transformers_llm2slm.model_card import write_model_card
@@ -144,19 +145,6 @@ def parse_arguments(*types: type) -> list[Any]:
     transformers_logging.set_verbosity(level)
     set_seed(training_args.seed)
     return list(parsed)
-
-
-def numbers(name: str, text: str | None) -> int | list[int] | None:
-    """`4` is a number, `4,8` and `4,` are lists."""
-    if text is None:
-        return None
-    try:
-        found = [int(number) for number in text.split(",") if number.strip()]
-    except ValueError:
-        found = []
-    if not found:
-        raise ValueError(f"`--{name}` takes a number or a list of them, such as 4 or 0,5,11, got {text!r}.")
-    return found if "," in text else found[0]
 
 
 # Rows --------------------------------------------------------------------------------------------------------------------
@@ -304,8 +292,8 @@ def load_model(
         )
     else:
         options = {
-            "slm_layers": numbers("slm_layers", args.slm_layers),
-            "llm_layer": numbers("llm_layer", args.llm_layer),
+            "slm_layers": integers("slm_layers", args.slm_layers),
+            "llm_layer": integers("llm_layer", args.llm_layer),
             "slm_encoder": args.slm_encoder,
             "projector_init": args.projector_init,
             "fit_prompts": prompts,

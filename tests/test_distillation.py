@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import test_trainer
 import torch
 from conftest import VOCAB_SIZE, Pair
 from datasets import Dataset
@@ -13,7 +14,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
     Trainer,
     TrainingArguments,
 )
@@ -66,26 +66,9 @@ def some_parts(zoo):
 
 
 def make_trainer(cls, model, processor, output_dir, rows=ROWS, distillation=None, processing_class=None, **settings):
-    defaults = {
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    arguments_class = Seq2SeqTrainingArguments if issubclass(cls, Seq2SeqTrainer) else TrainingArguments
-    return cls(
-        model=model,
-        args=arguments_class(output_dir=str(output_dir), **defaults | settings),
-        train_dataset=rows,
-        eval_dataset=rows,
-        data_collator=LLM2SLMDataCollator(processor),
-        processing_class=processor if processing_class is None else processing_class,
-        **(distillation or {}),
+    more = (distillation or {}) | ({} if processing_class is None else {"processing_class": processing_class})
+    return test_trainer.make_trainer(
+        model, processor, output_dir, cls=cls, rows=rows, eval_rows=rows, more=more, **settings
     )
 
 

@@ -47,7 +47,7 @@ def both(request):
 
 
 def make_trainer(
-    model, processor, output_dir, cls=Trainer, rows=ROWS, eval_rows=None, compute_metrics=None, **settings
+    model, processor, output_dir, cls=Trainer, rows=ROWS, eval_rows=None, compute_metrics=None, more=None, **settings
 ):
     defaults = {
         "learning_rate": 1e-2,
@@ -60,15 +60,15 @@ def make_trainer(
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    arguments_class = Seq2SeqTrainingArguments if cls is Seq2SeqTrainer else TrainingArguments
+    arguments_class = Seq2SeqTrainingArguments if issubclass(cls, Seq2SeqTrainer) else TrainingArguments
     return cls(
         model=model,
         args=arguments_class(output_dir=str(output_dir), **defaults | settings),
         train_dataset=rows,
         eval_dataset=eval_rows,
         data_collator=LLM2SLMDataCollator(processor),
-        processing_class=processor,
         compute_metrics=compute_metrics,
+        **{"processing_class": processor} | (more or {}),
     )
 
 

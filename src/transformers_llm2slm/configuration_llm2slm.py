@@ -141,7 +141,7 @@ class LLM2SLMConfig(PreTrainedConfig):
                 'another `projector_init` than "identity".'
             )
         layers = self.num_llm_layers
-        for layer in self.llm_layer if isinstance(self.llm_layer, list) else [self.llm_layer]:
+        for layer in self.llm_layers:
             if layers is not None and not -layers - 1 <= layer <= layers:
                 raise ValueError(
                     f"`llm_layer` must lie in [{-layers - 1}, {layers}] for an LLM of {layers} layers, got {layer}."
@@ -184,9 +184,14 @@ class LLM2SLMConfig(PreTrainedConfig):
         return getattr(encoder_text_config(config), "num_hidden_layers", None)
 
     @property
+    def llm_layers(self) -> list[int]:
+        """`llm_layer` as a list."""
+        return self.llm_layer if isinstance(self.llm_layer, list) else [self.llm_layer]
+
+    @property
     def num_llm_states(self) -> int:
         """States kept of each LLM token: one a layer in `llm_layer`, and the token's embedding for `"llm-embed"`."""
-        return (len(self.llm_layer) if isinstance(self.llm_layer, list) else 1) + (self.fusion == "llm-embed")
+        return len(self.llm_layers) + (self.fusion == "llm-embed")
 
     # What generation, Trainer and pipelines ask a model's config is answered by the SLM ------------------------------
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:

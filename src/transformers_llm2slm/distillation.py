@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .configuration_llm2slm import decoder_text_config
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .processing_llm2slm import LLM2SLMProcessor
-from .structure import accepts, move_padding, position_limit
+from .prompt import check_response_length
+from .structure import accepts, mask_positions, move_padding
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -224,16 +224,11 @@ def response_logits(
     response = labels.masked_fill(labels == -100, 0)[:, :-1]
     tokens = torch.cat([input_ids, response], dim=1)
     mask = torch.cat([mask, torch.ones_like(response, dtype=mask.dtype)], dim=1)
-    limit = position_limit(decoder_text_config(model.config), model)
-    if limit is not None and tokens.shape[1] > limit:
-        raise ValueError(
-            f"Prompt and response together are {tokens.shape[1]} tokens long (with padding), but the teacher "
-            f"({type(model).__name__}) takes at most {limit}. Truncate them in the collator."
-        )
+    check_response_length(response.shape[1], input_ids.shape[1], model, "teacher")
     length = labels.shape[1]
     kwargs: dict[str, Any] = {"logits_to_keep": length} if accepts(model.forward, "logits_to_keep") else {}
     if accepts(model.forward, "position_ids"):
-        kwargs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        kwargs["position_ids"] = mask_positions(mask)
     outputs = model(input_ids=tokens, attention_mask=mask, use_cache=False, return_dict=True, **kwargs)
     return outputs.logits[:, -length:]
 

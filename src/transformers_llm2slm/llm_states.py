@@ -31,8 +31,7 @@ def read_llm_states(
     """
     check_prompt_length(input_ids, llm, "LLM")
     body = llm.get_encoder() if llm.config.is_encoder_decoder else llm
-    layers = config.llm_layer if isinstance(config.llm_layer, list) else [config.llm_layer]
-    last_only = layers in ([-1], [config.num_llm_layers])
+    last_only = config.llm_layers in ([-1], [config.num_llm_layers])
     kwargs = {"use_cache": False} if accepts(body.forward, "use_cache") else {}
     device = body.get_input_embeddings().weight.device
     outputs = body(
@@ -42,7 +41,9 @@ def read_llm_states(
         return_dict=True,
         **kwargs,
     )
-    states = [outputs.last_hidden_state] if last_only else [outputs.hidden_states[layer] for layer in layers]
+    states = (
+        [outputs.last_hidden_state] if last_only else [outputs.hidden_states[layer] for layer in config.llm_layers]
+    )
     if config.fusion == "llm-embed":
         states.append(embed_tokens(llm, input_ids).to(states[0].device))
     return torch.stack(states, dim=2)

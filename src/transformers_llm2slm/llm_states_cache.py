@@ -109,7 +109,7 @@ def cache_llm_states(
     reader = PromptReader.of(model, processor, max_prompt_length, check_dtype(dtype), batch_size)
     cache.claim(reader.settings())
     lengths, keys = _lengths_and_keys(rows, reader)
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    _, first = np.unique(keys, return_index=True)
     order = np.sort(first)  # of identical prompts the first, in the order of the rows
     missing = order[cache.find(keys[order]) < 0]
     if len(missing):
@@ -197,7 +197,7 @@ class PromptReader:
                 "The LLM has no fingerprint to bind a cache to: it is quantised and not loaded from safetensors files. Load "
                 "it by name."
             )
-        layers = config.llm_layer if isinstance(config.llm_layer, list) else [config.llm_layer]
+        layers = config.llm_layers
         if (total := config.num_llm_layers) is not None:
             layers = [layer % (total + 1) for layer in layers]
         return {

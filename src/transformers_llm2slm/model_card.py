@@ -146,8 +146,11 @@ def _parts(model: LLM2SLMForConditionalGeneration, base_models: Sequence[str]) -
     llm, slm = (_hub_link(name) if name and is_hub_id(name) else without_path(name) for name in names)
     if config.slm_layers is not None:
         slm = f"cut from the LLM: its layers {_ranges(config.slm_layers)}, embeddings and head"
-    layers = config.llm_layer if isinstance(config.llm_layer, list) else [config.llm_layer]
-    llm_states = "its last layer" if layers == [-1] else f"its hidden states {', '.join(map(str, layers))}"
+    llm_states = (
+        "its last layer"
+        if config.llm_layers == [-1]
+        else f"its hidden states {', '.join(map(str, config.llm_layers))}"
+    )
     parts = {
         "LLM": (f"{llm or 'a model in memory'} (`{config.llm_config.model_type}`), {llm_states}", model.llm),
         "projector": (f"{config.projector_num_layers} linear layers", model.projector),

@@ -34,6 +34,7 @@ from .structure import (
     embed_tokens,
     join_tied_embeddings,
     layer_classes,
+    mask_positions,
     move_padding,
     reader,
 )
@@ -213,17 +214,17 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
             if decoder_input_ids is None:
                 start = torch.full((len(prompt.attention_mask), 1), self.decoder_start_token_id())
                 decoder_input_ids = start.to(self.device)
-            check_response_length(decoder_input_ids.shape[1], 0, self.slm)
+            check_response_length(decoder_input_ids.shape[1], 0, self.slm, "SLM")
             return kwargs | {"decoder_input_ids": decoder_input_ids}
         embeds, mask = kwargs["inputs_embeds"], kwargs["attention_mask"]
         if decoder_input_ids is not None and decoder_input_ids.shape[1] > 0:
             response = embed_tokens(self.slm, decoder_input_ids).to(embeds.dtype)
-            check_response_length(response.shape[1], embeds.shape[1], self.slm)
+            check_response_length(response.shape[1], embeds.shape[1], self.slm, "SLM")
             embeds = torch.cat([embeds, response], dim=1)
             mask = torch.cat([mask, torch.ones_like(decoder_input_ids, dtype=mask.dtype)], dim=1)
         kwargs = {"inputs_embeds": embeds, "attention_mask": mask}
         if accepts(self.slm.forward, "position_ids"):
-            kwargs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            kwargs["position_ids"] = mask_positions(mask)
         return kwargs
 
     def num_scored(self, decoder_input_ids: torch.Tensor | None) -> int:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .fingerprint import is_exact
-from .structure import accepts, embed_tokens, reader
+from .structure import accepts, embed_tokens, mask_positions, reader
 
 PADDING = 2
 
@@ -97,7 +97,7 @@ def check_can_write(slm: PreTrainedModel) -> None:
         padded = torch.cat([ids[:, :PADDING], ids], dim=1)
         mask = torch.ones_like(padded)
         mask[:, :PADDING] = 0
-        positions = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
+        positions = {"position_ids": mask_positions(mask)}
         positions = positions if accepts(slm.forward, "position_ids") else {}
         in_batch = slm(inputs_embeds=embed_tokens(slm, padded), attention_mask=mask, **positions).logits
         if _differ(expected, in_batch[:, PADDING:], slm):

@@ -25,7 +25,7 @@ class LLM2SLMProjector(nn.Module):
         super().__init__()
         llm_size, slm_size = config.llm_hidden_size, config.slm_hidden_size
         hidden_size = config.projector_hidden_size or max(llm_size, slm_size)
-        self.num_layers_mixed = len(config.llm_layer) if isinstance(config.llm_layer, list) else 1
+        self.num_layers_mixed = len(config.llm_layers)
         self.layer_weights = nn.Parameter(torch.zeros(self.num_layers_mixed)) if self.num_layers_mixed > 1 else None
         norms: dict[str, Callable[[int], nn.Module]] = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
         self.norm = norms[config.projector_norm](llm_size) if config.projector_norm in norms else nn.Identity()

@@ -158,14 +158,14 @@ def check_labels(labels: torch.Tensor, vocab_size: int) -> None:
         )
 
 
-def check_response_length(response_length: int, prompt_length: int, slm: PreTrainedModel) -> None:
-    """Raise a `ValueError` if an SLM can't take a response of so many tokens after a prompt of so many."""
-    limit = position_limit(decoder_text_config(slm.config), slm)
+def check_response_length(response_length: int, prompt_length: int, model: PreTrainedModel, part: str) -> None:
+    """Raise a `ValueError` if `model` can't take a response of so many tokens after a prompt of so many."""
+    limit = position_limit(decoder_text_config(model.config), model)
     if limit is not None and prompt_length + response_length > limit:
         what = f"prompt ({prompt_length}) and the response ({response_length})" if prompt_length else "response"
         raise ValueError(
             f"The {what} {'together are' if prompt_length else 'is'} {prompt_length + response_length} tokens long (with "
-            f"padding), but the SLM ({type(slm).__name__}) takes at most {limit}. Cut them: `max_prompt_length` and "
+            f"padding), but the {part} ({type(model).__name__}) takes at most {limit}. Cut them: `max_prompt_length` and "
             "`max_response_length` of the collator, `max_length` and `max_target_length` of the processor."
         )
 

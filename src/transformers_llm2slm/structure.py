@@ -137,6 +137,11 @@ def position_limit(config: PreTrainedConfig, model: nn.Module | None = None) -> 
     return limit
 
 
+def mask_positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position ids, of the shape `(batch_size, sequence_length)` of a mask, that count real tokens only."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
 def move_padding(tensor: torch.Tensor, mask: torch.Tensor, side: Literal["left", "right"]) -> torch.Tensor:
     """
     Move the real tokens of each row together, all padding to one side, without changing their order.

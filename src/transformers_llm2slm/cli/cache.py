@@ -17,10 +17,12 @@ from .shared import (
     Dataset,
     DatasetConfig,
     Device,
+    File,
     LLMDtype,
     LLMNameOrPath,
     LocalFilesOnly,
     MaxPromptLength,
+    MaxRows,
     Model,
     PromptColumn,
     Revision,
@@ -39,17 +41,13 @@ if TYPE_CHECKING:
 def cache(
     model: Model,
     out: Annotated[Path, Argument(metavar="OUT", help="Folder of the cache, new or to go on with.")],
-    file: Annotated[
-        Path | None, Option(metavar="FILE", rich_help_panel=DATA, help="JSON lines (also .gz), CSV or Parquet.")
-    ] = None,
+    file: File = None,
     dataset: Dataset = None,
     dataset_config: DatasetConfig = None,
     split: Annotated[str, Option(metavar="NAME", rich_help_panel=DATA, help="Its split.")] = "train",
     prompt_column: PromptColumn = "prompt",
     max_prompt_length: MaxPromptLength = None,
-    max_rows: Annotated[
-        int | None, Option(metavar="N", rich_help_panel=DATA, min=1, help="Only the first rows.")
-    ] = None,
+    max_rows: MaxRows = None,
     states_dtype: StatesDtype = "float16",
     batch_size: Annotated[int, Option(metavar="N", min=1, help="Prompts at a time.")] = 16,
     num_workers: Annotated[

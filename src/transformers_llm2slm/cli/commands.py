@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from typer import Argument, Option
 
+from .arguments import integers
 from .cache import cache
 from .evaluate import evaluate
 from .shared import (
@@ -29,7 +30,6 @@ from .shared import (
     check_reachable,
     dtype_name,
     hub_arguments,
-    integers,
     load,
     quiet,
     read_rows,

@@ -18,11 +18,13 @@ from .shared import (
     DatasetConfig,
     Device,
     Dtype,
+    File,
     LLMDtype,
     LLMNameOrPath,
     LocalFilesOnly,
     MaxNewTokens,
     MaxPromptLength,
+    MaxRows,
     Model,
     NumBeams,
     PromptColumn,
@@ -38,17 +40,13 @@ from .shared import (
 
 def evaluate(
     model: Model,
-    file: Annotated[
-        Path | None, Option(metavar="FILE", rich_help_panel=DATA, help="JSON lines (also .gz), CSV or Parquet.")
-    ] = None,
+    file: File = None,
     dataset: Dataset = None,
     dataset_config: DatasetConfig = None,
     split: Annotated[str, Option(metavar="NAME", rich_help_panel=DATA, help="Its split.")] = "test",
     prompt_column: PromptColumn = "prompt",
     completion_column: CompletionColumn = "completion",
-    max_rows: Annotated[
-        int | None, Option(metavar="N", rich_help_panel=DATA, min=1, help="Only the first rows.")
-    ] = None,
+    max_rows: MaxRows = None,
     batch_size: Annotated[int, Option(metavar="N", min=1, help="Prompts at a time.")] = 8,
     max_new_tokens: MaxNewTokens = 128,
     num_beams: NumBeams = 1,

@@ -52,6 +52,10 @@ PromptColumn = Annotated[
     str, Option(metavar="NAME", rich_help_panel=DATA, help="Column of the prompts; a.b for b inside of a.")
 ]
 CompletionColumn = Annotated[str, Option(metavar="NAME", rich_help_panel=DATA, help="Column of the responses.")]
+File = Annotated[
+    Path | None, Option(metavar="FILE", rich_help_panel=DATA, help="JSON lines (also .gz), CSV or Parquet.")
+]
+MaxRows = Annotated[int | None, Option(metavar="N", rich_help_panel=DATA, min=1, help="Only the first rows.")]
 MaxPromptLength = Annotated[
     int | None, Option(metavar="N", min=1, rich_help_panel=DATA, help="Cut prompts to so many LLM tokens.")
 ]
@@ -63,19 +67,6 @@ NumBeams = Annotated[int, Option(metavar="N", min=1, help="Beams; 1 is greedy.")
 
 
 # Arguments, loading, output ---------------------------------------------------------------------------------------------
-def integers(option: str, text: str | None) -> int | list[int] | None:
-    """`4` is a number, `4,8` and `4,` are lists. Raises a `ValueError` that names the option."""
-    if text is None:
-        return None
-    try:
-        numbers = [int(number) for number in text.split(",") if number.strip()]
-    except ValueError:
-        numbers = []
-    if not numbers:
-        raise ValueError(f"`--{option}` takes a number or a list of them, such as 4 or 0,5,11, got {text!r}.")
-    return numbers if "," in text else numbers[0]
-
-
 def dtype_name(option: str, dtype: str | None) -> str | None:
     """The dtype as given. Raises a `ValueError` for what a model can't be loaded in."""
     names = ("float32", "bfloat16", "float16", "auto")
