@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from transformers_llm2slm.fingerprint import fingerprint_of_files, is_exact, weights_fingerprint
-from transformers_llm2slm.loading import adopt_llm, llm_fingerprint, load_llm
+from transformers_llm2slm.loading import adopt_llm, load_llm
+from transformers_llm2slm.reference import llm_fingerprint
 
 
 def test_same_in_float32_bfloat16_and_from_files(zoo):

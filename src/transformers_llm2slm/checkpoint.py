@@ -16,15 +16,8 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig, encoder_text_config
 from .fingerprint import is_exact
-from .loading import (
-    HUB_ARGUMENTS,
-    RAM_EFFICIENT_LOADING,
-    adopt_llm,
-    llm_fingerprint,
-    load_llm,
-    location,
-    quantization_of,
-)
+from .loading import HUB_ARGUMENTS, RAM_EFFICIENT_LOADING, adopt_llm, load_llm, location, quantization_of
+from .reference import check_llm_weights, gone_commit
 
 if TYPE_CHECKING:
     from .modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMModel
@@ -115,12 +108,12 @@ def attach_pretrained_llm(
     """
     config = model.config
     check = llm_kwargs.pop("check_fingerprint", True)
-    own = False
     if llm_model is not None:
         check_llm_config(config, llm_model.config, "the model in memory")
         llm = adopt_llm(llm_model)
-        fingerprint = llm_fingerprint(llm, llm_model.name_or_path or None) if check else None
-        found = "the model in memory"
+        if check:
+            # What is not exact in memory is known by its files only.
+            check_llm_weights(config, llm, None if is_exact(llm) else llm_model.name_or_path or None, {})
     else:
         arguments = {key: value for key, value in hub.items() if key in (*HUB_ARGUMENTS, "device_map")}
         other = llm_kwargs.pop("name_or_path", None)
@@ -146,16 +139,8 @@ def attach_pretrained_llm(
         arguments = {key: value for key, value in arguments.items() if value not in (None, "")}
         llm = _load_checked(config, name, arguments, "quantization_config" not in llm_kwargs)
         # The files of a checkpoint's own LLM hold it as it was in memory, rounded or quantised.
-        check = check and (is_exact(llm) or not own)
-        fingerprint = llm_fingerprint(llm, name, **arguments) if check else None
-        found = repr(name)
-    if check and config.llm_fingerprint is not None and fingerprint != config.llm_fingerprint:
-        raise ValueError(
-            f"The LLM is not the one this model was trained with: expected weights of {config.llm_name_or_path!r} with "
-            f"fingerprint {config.llm_fingerprint}, found {found} with {fingerprint or 'none that can be read'}. Pass the "
-            "right LLM with `llm_name_or_path=`, `llm_revision=` or `llm_model=`, or accept this one with "
-            "`llm_check_fingerprint=False`."
-        )
+        if check and (is_exact(llm) or not own):
+            check_llm_weights(config, llm, name, arguments)
     model.model.attach_llm(llm)
     config.llm_dtype, config.llm_quantization_config = llm.dtype, quantization_of(llm)
 
@@ -186,7 +171,9 @@ def _load_checked(
 ) -> PreTrainedModel:
     try:
         llm_config = AutoConfig.from_pretrained(name, **location(arguments))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if text := gone_commit(config, error, arguments):
+            raise OSError(text) from error
         return load_llm(name, **arguments)  # says what is wrong, and what to do
     check_llm_config(config, llm_config, repr(name))
     # Files that hold the LLM quantised say themselves how.

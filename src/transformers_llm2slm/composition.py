@@ -21,16 +21,15 @@ from .loading import (
     HUB_ARGUMENTS,
     adopt_llm,
     cut_slm,
-    llm_fingerprint,
     load_llm,
     load_slm,
     location,
     quantization_of,
-    resolved_commit,
     slm_auto_class,
     take_prefixed,
 )
 from .probes import check_can_read, check_can_write
+from .reference import pin_revision, reference_to
 
 if TYPE_CHECKING:
     from .modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -79,7 +78,13 @@ def compose(
     if projector_init == "fit" and not fit_prompts:
         raise ValueError('`projector_init="fit"` needs `fit_prompts=`: a few hundred prompts like those of your task.')
 
-    llm_source, llm_model, slm_source, slm_model = _load_parts(llm, slm, slm_layers, llm_kwargs, slm_kwargs)
+    llm_source, slm_source = _source(llm), _source(slm)
+    if llm_source is not None:
+        pin_revision(llm_source, llm_kwargs)
+    # Of an SLM in memory, nobody knows which commit it is.
+    in_memory = slm_source is None or isinstance(slm, PreTrainedModel)
+    slm_commit = None if in_memory else pin_revision(slm_source, slm_kwargs)
+    llm_model, slm_model = _load_parts(llm, slm, slm_layers, llm_kwargs, slm_kwargs)
     if slm_layers is not None:
         slm_model, fields["slm_layers"] = slm_model
         fields, fusion, projector_init = _defaults_of_cut(llm_model, fields, fusion, projector_init)
@@ -102,14 +107,11 @@ def compose(
         fusion=fusion,
         projector_init=projector_init,
         projector_residual=projector_init == "identity",
-        llm_name_or_path=llm_source,
-        llm_revision=llm_source and resolved_commit(llm_source, llm_kwargs.get("revision"), llm_kwargs),
-        llm_subfolder=llm_kwargs.get("subfolder", ""),
-        llm_fingerprint=llm_fingerprint(llm_model, llm_source, **llm_kwargs),
+        **reference_to(llm_model, llm_source, llm_kwargs, isinstance(llm, PreTrainedModel)),
         llm_dtype=llm_model.dtype,
         llm_quantization_config=quantization_of(llm_model),
         slm_name_or_path=slm_source,
-        slm_revision=slm_source and resolved_commit(slm_source, slm_kwargs.get("revision"), slm_kwargs),
+        slm_revision=slm_commit,
         dtype=slm_model.dtype,
         **fields,
     )
@@ -133,8 +135,8 @@ def compose(
 
 def _load_parts(
     llm: Any, slm: Any, slm_layers: Any, llm_kwargs: dict[str, Any], slm_kwargs: dict[str, Any]
-) -> tuple[str | None, PreTrainedModel, str | None, Any]:
-    """Sources and models of LLM and SLM; a cut SLM comes with its layers."""
+) -> tuple[PreTrainedModel, Any]:
+    """LLM and SLM; a cut SLM comes with its layers."""
     llm_source = _source(llm)
     if slm_layers is not None:
         in_memory = isinstance(llm, PreTrainedModel)
@@ -160,11 +162,11 @@ def _load_parts(
         if dtype not in (None, "auto"):
             slm_model = slm_model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         llm_model = adopt_llm(whole) if in_memory or as_stored == llm_kwargs else load_llm(llm_source, **llm_kwargs)
-        return llm_source, llm_model, None, (slm_model, layers)
+        return llm_model, (slm_model, layers)
     llm_model = adopt_llm(llm) if isinstance(llm, PreTrainedModel) else load_llm(llm_source, **llm_kwargs)
     slm_model = slm if isinstance(slm, PreTrainedModel) else load_slm(_source(slm), **slm_kwargs)
     slm_auto_class(slm_model.config)
-    return llm_source, llm_model, _source(slm), slm_model
+    return llm_model, slm_model
 
 
 def _source(model: str | os.PathLike | PreTrainedModel | None) -> Any:

@@ -76,6 +76,7 @@ class LLM2SLMConfig(PreTrainedConfig):
         llm_revision (`str`, *optional*): The commit of that repository the model was composed with.
         llm_subfolder (`str`, defaults to `""`): Subfolder of that repository.
         llm_fingerprint (`str`, *optional*): Fingerprint of the LLM's weights, see [`weights_fingerprint`].
+        llm_files (`dict[str, str]`, *optional*): The sha256 of each of the LLM's weight files, where the Hub told it.
         llm_dtype (`str`, *optional*): dtype the LLM is loaded in, e.g. `"bfloat16"`; `None` is as stored.
         llm_quantization_config (`dict`, *optional*): How the LLM is quantised, while it is loaded or by its files.
         llm_in_checkpoint (`bool`, defaults to `False`): Whether the checkpoint holds the LLM in its `llm/` subfolder.
@@ -110,6 +111,7 @@ class LLM2SLMConfig(PreTrainedConfig):
     llm_revision: str | None = None
     llm_subfolder: str = ""
     llm_fingerprint: str | None = None
+    llm_files: dict[str, str] | None = None
     llm_dtype: Any = None
     llm_quantization_config: dict | None = None
     llm_in_checkpoint: bool = False

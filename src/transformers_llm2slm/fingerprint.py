@@ -1,14 +1,18 @@
-"""A fingerprint of a model's weights: tells whether an LLM is the one that a checkpoint was trained with.
+"""What tells whether an LLM is the one that a checkpoint was trained with: a sample of its weights, and its files' hashes.
 
-It is a hash over a sample of the weights, rounded to bfloat16, so it is the same for one model loaded in float32 and in
-bfloat16, and costs milliseconds: 64 parameters are chosen evenly among all, and 256 values evenly in each. A model that
-was fine-tuned at all differs in nearly all of them. Where a model is held in a form that doesn't round to the same
-values (float16, int8, 4-bit), the sample is read from its safetensors files.
+The fingerprint is a hash over a sample of the weights, rounded to bfloat16, so it is the same for one model loaded in
+float32 and in bfloat16, from one file or from shards, and costs milliseconds: 256 values, spread evenly, of every
+parameter. A model of which any matrix was tuned differs. Where a model is held in a form that doesn't round to the same
+values (float16, int8, 4-bit), the sample is read from its safetensors files, of which only the pages in question are read.
+
+The hashes are those by which the Hub names large files (sha256). The cache names what it downloads by them, so they are
+known without reading a file.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -16,8 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-NUM_PARAMETERS = 64
 NUM_VALUES = 256
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def weights_fingerprint(names: Iterable[str], get_tensor: Callable[[str], torch.Tensor]) -> str:
@@ -31,12 +35,11 @@ def weights_fingerprint(names: Iterable[str], get_tensor: Callable[[str], torch.
     Returns:
         `str`: `"bf16-sample:"` and 32 hexadecimal digits.
     """
-    names = sorted(names)
     digest = hashlib.sha256()
-    for index in _evenly(len(names), NUM_PARAMETERS):
-        tensor = get_tensor(names[index]).detach()
+    for name in sorted(names):
+        tensor = get_tensor(name).detach()
         values = tensor.reshape(-1)[_evenly(tensor.numel(), NUM_VALUES)]
-        digest.update(f"{names[index]}{tuple(tensor.shape)}".encode())
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(values.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return f"bf16-sample:{digest.hexdigest()[:32]}"
 
@@ -76,3 +79,14 @@ def fingerprint_of_files(names: Iterable[str], files: Sequence[Path]) -> str | N
             return tensors.get_tensor(key)
 
     return weights_fingerprint(names, get_tensor)
+
+
+def hub_hashes(files: Iterable[Path]) -> dict[str, str]:
+    """
+    The sha256 of files in the Hub's cache, by name, as far as it is known without reading them.
+
+    A file of a snapshot is a link to what was downloaded, which is named by its hash
+    (https://huggingface.co/docs/huggingface_hub/guides/manage-cache). Of a local folder, nothing is known.
+    """
+    targets = {file.name: file.resolve().name for file in files if file.is_symlink()}
+    return {name: target for name, target in targets.items() if _SHA256.fullmatch(target)}

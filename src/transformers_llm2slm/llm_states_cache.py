@@ -27,8 +27,8 @@ from .configuration_llm2slm import LLM2SLMConfig
 from .data_collator import STATES_COLUMN
 from .evaluation import require_extra
 from .llm_states import read_llm_states
-from .loading import llm_fingerprint
 from .processing_llm2slm import LLM2SLMProcessor
+from .reference import llm_fingerprint
 from .rows import prompt_and_completion
 from .states_format import bytes_per_token, check_dtype, decode_states, encode_states
 

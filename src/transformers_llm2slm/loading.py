@@ -6,11 +6,9 @@ import copy
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,10 +24,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
 )
-from transformers.utils.hub import resolve_revision
 
 from .configuration_llm2slm import decoder_text_config, encoder_text_config
-from .fingerprint import fingerprint_of_files, is_exact, weights_fingerprint
 from .structure import DroppedModule, drop_module, layer_list, position_limit
 
 # Arguments of `from_pretrained` that say where files come from; they reach every loader unless given for one part.
@@ -45,15 +41,6 @@ def take_prefixed(kwargs: dict[str, Any], prefix: str) -> dict[str, Any]:
 def location(kwargs: Mapping[str, Any], *more: str) -> dict[str, Any]:
     """Those of the arguments of a `from_pretrained` that say where files come from, and any of the names in `more`."""
     return {key: value for key, value in kwargs.items() if key in (*HUB_ARGUMENTS, "revision", "subfolder", *more)}
-
-
-def resolved_commit(name_or_path: str, revision: str | None, hub: Mapping[str, Any]) -> str | None:
-    """The commit that `revision` of a hub repository stands for; `None` for a local folder or if it is not known."""
-    if Path(name_or_path).exists():
-        return None
-    known = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if hub.get(key) is not None}
-    resolved = resolve_revision(name_or_path, revision, **known)
-    return getattr(resolved, "resolved", resolved)
 
 
 # With this setting accelerate gives all processes but the first their weights from the model's state dict.
@@ -190,38 +177,10 @@ def freeze(llm: PreTrainedModel) -> PreTrainedModel:
     return llm.eval()
 
 
-def llm_fingerprint(llm: PreTrainedModel, name_or_path: str | None = None, **kwargs: Any) -> str | None:
-    """
-    Fingerprint of the LLM's weights, see [`weights_fingerprint`]; `None` where it can't be taken.
-
-    Where the weights in memory are not exact (float16, quantised), it is taken from the files they were loaded from.
-    """
-    if is_exact(llm):
-        parameters = dict(llm.named_parameters())
-        return weights_fingerprint(parameters, parameters.__getitem__)
-    if name_or_path is None:
-        return None
-    names = [name for name, _ in llm_skeleton(llm.config).named_parameters()]
-    return fingerprint_of_files(names, _weight_files(name_or_path, kwargs))
-
-
 def quantization_of(llm: PreTrainedModel) -> dict[str, Any] | None:
     """How an LLM is quantised, `None` if it is not."""
     quantizer = getattr(llm, "hf_quantizer", None)
     return None if quantizer is None else quantizer.quantization_config.to_dict()
-
-
-def _weight_files(name_or_path: str, kwargs: Mapping[str, Any]) -> list[Path]:
-    """The safetensors files of a checkpoint that has just been loaded: on disk, or in the cache."""
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        config_file = try_to_load_from_cache(
-            name_or_path, "config.json", cache_dir=kwargs.get("cache_dir"), revision=kwargs.get("revision")
-        )
-        if not isinstance(config_file, str):
-            return []
-        folder = Path(config_file).parent
-    return sorted((folder / (kwargs.get("subfolder") or "")).glob("*.safetensors"))
 
 
 # The SLM -----------------------------------------------------------------------------------------------------------------
