@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pathlib
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import transformers
+from hub_server import HubServer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
@@ -278,6 +280,16 @@ class Zoo:
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[HubServer]:
+    """A Hub on the loopback address, for clients in other processes: see `HubServer.environment`."""
+    server = HubServer()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="session", params=PAIRS, ids=str)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
-import threading
 
 import pytest
 import torch
@@ -182,30 +180,6 @@ def run(code: str, **environment: str) -> str:
     return done.stdout
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers as the Hub does for a repository that is gated, and for one that is not there."""
-
-    def do_GET(self):
-        gated = "/gated" in self.path
-        self.send_response(403 if gated else 404)
-        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def hub():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
 @pytest.mark.parametrize(("name", "online"), [("org/gated", True), ("org/missing", True), ("org/offline", False)])
 def test_llm_that_can_not_be_reached(checkpoint, hub, name, online, tmp_path):
     """Gated, not there, or offline: the error names the LLM and says how to pass a local copy."""
@@ -220,8 +194,8 @@ def test_llm_that_can_not_be_reached(checkpoint, hub, name, online, tmp_path):
         except OSError as error:
             print(error)
     """
-    settings = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0" if online else "1", "HF_HOME": str(tmp_path / "cache")}
-    printed = run(code, **settings)
+    hub.create("org/gated", gated=True)
+    printed = run(code, **hub.environment(tmp_path / "cache", HF_HUB_OFFLINE="0" if online else "1"))
     assert f"The frozen LLM {name!r} (revision {'a' * 40}) could not be loaded" in printed
     assert "Pass a local copy with `llm_name_or_path=`" in printed and "`load_llm=False`" in printed
     if name == "org/gated":
