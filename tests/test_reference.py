@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -172,3 +175,79 @@ def test_a_model_in_memory_without_files_to_compare(zoo, cache, tmp_path):
     arguments = {"cache_dir": str(tmp_path / "empty"), "local_files_only": True}
     model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm, fusion="replace", **arguments)
     assert (model.config.llm_name_or_path, model.config.llm_revision) == (REPOSITORY, None)
+
+
+# Over HTTP -----------------------------------------------------------------------------------------------------------------
+CLIENT = """
+import json, sys
+from transformers import AutoModel
+import transformers_llm2slm
+
+results = []
+for checkpoint, kwargs in json.loads(sys.argv[1]):
+    try:
+        model = AutoModel.from_pretrained(checkpoint, **kwargs)
+        results.append(model.llm.get_parameter("layers.0.mlp.up_proj.weight").double().sum().item())
+    except (OSError, ValueError) as error:
+        results.append(str(error))
+print(json.dumps(results))
+"""
+
+
+def client(hub, home, *loads):
+    """What a fresh process gets that loads these checkpoints with these arguments: a sum of weights, or an error."""
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT, json.dumps(loads)],
+        env=hub.environment(home),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_repository_of_the_llm_moves_on(zoo, cache, hub, tmp_path):
+    """A new commit with other weights: the old one is loaded. The old one gone: the error names both."""
+    model = compose(zoo, cache, llm_revision=OLD)
+    expected = pytest.approx(first_layer(model).double().sum().item())
+    commits = {}
+    for name in ("reference/changed", "reference/same"):
+        commits[name] = hub.add_folder(name, cache.commits[OLD])
+        model.config.llm_name_or_path, model.config.llm_revision = name, commits[name]
+        model.save_pretrained(tmp_path / name)
+    changed, same = (str(tmp_path / name) for name in commits)
+
+    hub.add_folder("reference/changed", cache.commits[NEW])
+    warm, empty = {"cache_dir": str(tmp_path / "warm")}, {"cache_dir": str(tmp_path / "empty")}
+    assert client(hub, tmp_path / "home", (changed, warm)) == [expected]
+
+    new, again = hub.squash("reference/changed"), hub.squash("reference/same")
+    with hub.record() as requests:
+        results = client(
+            hub,
+            tmp_path / "home",
+            (changed, empty),
+            (changed, empty | {"llm_revision": new}),
+            (changed, empty | {"llm_revision": "main", "llm_check_fingerprint": False}),
+            (changed, warm),
+            (same, empty),
+            (same, empty | {"llm_revision": again}),
+        )
+    old = commits["reference/changed"]
+    gone, refused, accepted, cached, gone_too, found = results
+    assert (
+        f"The commit {old} of 'reference/changed', the LLM this model was trained with, is gone from the Hub" in gone
+    )
+    assert (
+        f"The main branch is at {new}, and its weight files are others. Pass a copy of the LLM with `llm_name" in gone
+    )
+    assert f"expected weights of 'reference/changed' at {old}" in refused
+    assert f"found 'reference/changed' at {new} with" in refused
+    assert isinstance(accepted, float) and accepted != expected
+    assert cached == expected
+    assert f"The main branch is at {again}, and its weight files are the same" in gone_too and found == expected
+    # Nothing was downloaded to know that the weights are others.
+    downloads = [i for i, request in enumerate(requests) if request.path.endswith("model.safetensors")]
+    questions = [i for i, request in enumerate(requests) if "api/models/reference/changed?blobs" in request.path]
+    assert questions[0] < downloads[0]
