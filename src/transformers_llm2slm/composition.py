@@ -115,7 +115,7 @@ def compose(
         dtype=slm_model.dtype,
         **fields,
     )
-    check_can_read(llm_model, config.llm_hidden_size)
+    check_can_read(llm_model, config)
     # A fit takes its goals from the SLM's encoder too, which "skip" drops.
     whole_slm = copy.deepcopy(slm_model) if config.slm_encoder == "skip" and projector_init == "fit" else slm_model
     generation_config = slm_model.generation_config

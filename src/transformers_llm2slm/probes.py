@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .configuration_llm2slm import LLM2SLMConfig
 from .fingerprint import is_exact
+from .llm_states import hidden_states
 from .structure import accepts, embed_tokens, mask_positions, reader
 
 PADDING = 2
@@ -39,10 +41,11 @@ def _differ(first: torch.Tensor, second: torch.Tensor, model: PreTrainedModel) -
 
 
 @torch.no_grad()
-def check_can_read(llm: PreTrainedModel, hidden_size: int) -> None:
+def check_can_read(llm: PreTrainedModel, config: LLM2SLMConfig) -> None:
     """
     Raise a `ValueError` that says why, if `llm` can't be the LLM: its states must have the width that its configuration
-    tells, and must not depend on padding behind the prompt. Two forward passes over at most eight tokens.
+    tells, and must not depend on padding behind the prompt; where layers above `llm_layer` are not run, what is read must
+    be its hidden states. Two to four forward passes over at most eight tokens.
     """
     name = type(llm).__name__
     body = llm.get_encoder() if llm.config.is_encoder_decoder else llm
@@ -53,15 +56,28 @@ def check_can_read(llm: PreTrainedModel, hidden_size: int) -> None:
     with eval_mode(llm):
         alone = body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
         in_batch = body(input_ids=padded, attention_mask=mask).last_hidden_state[:, : ids.shape[1]]
-    if alone.shape[-1] != hidden_size:
+    if alone.shape[-1] != config.llm_hidden_size:
         raise ValueError(
-            f"{name} can't be the LLM: its states are {alone.shape[-1]} wide, but its configuration says {hidden_size}."
+            f"{name} can't be the LLM: its states are {alone.shape[-1]} wide, but its configuration says "
+            f"{config.llm_hidden_size}."
         )
     if _differ(alone, in_batch, llm):
         raise ValueError(
             f"{name} can't be the LLM: its states change with padding that the attention mask marks, so a prompt would "
             "mean something else in each batch. Choose another LLM."
         )
+    if config.llm_layers == [-1]:
+        return
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "return_dict": True}
+    with eval_mode(llm):
+        expected = body(**inputs, output_hidden_states=True).hidden_states
+        found = hidden_states(body, config.llm_layers, config.num_llm_layers, inputs)
+    for layer, states in zip(config.llm_layers, found, strict=True):
+        if _differ(expected[layer], states, llm):
+            raise ValueError(
+                f"{name} can't be read at `llm_layer` {layer}: its hidden states are not what its layers are given, so no "
+                "layer below the last can be read alone. Choose `llm_layer=-1`."
+            )
 
 
 @torch.no_grad()
