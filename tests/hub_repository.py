@@ -22,11 +22,11 @@ def is_lfs(path: str, size: int) -> bool:
 
 
 class HubError(Exception):
-    """What the server answers instead: a status, the error code that the client reads, and a message."""
+    """What the server answers instead: a status, the error code that the client reads, a message, and details."""
 
-    def __init__(self, status: int, code: str | None, message: str):
+    def __init__(self, status: int, code: str | None, message: str, **details: str):
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.details = status, code, details
 
 
 @dataclasses.dataclass(frozen=True)

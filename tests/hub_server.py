@@ -206,7 +206,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.send_json(200, answer)
         except HubError as error:
             headers = {"X-Error-Message": str(error)} | ({"X-Error-Code": error.code} if error.code else {})
-            self.send_json(error.status, {"error": str(error)}, headers)
+            self.send_json(error.status, {"error": str(error)} | error.details, headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer_request
 
@@ -293,11 +293,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or USERS[self.request_record.token]}/{asked['name']}"
         if self.request_record.token != OWNER_TOKEN and not name.startswith("stranger/"):
             raise HubError(403, None, "You don't have the rights to create a model under this namespace")
+        url = f"{self.server.url}/{name}"
         with self.server.lock:
             if name in self.server.repositories:
-                raise HubError(409, None, "You already created this model repo")
+                raise HubError(409, None, "You already created this model repo", url=url)
             self.server.create(name, private=asked.get("private", False) or asked.get("visibility") == "private")
-        return {"name": name, "id": name, "url": f"{self.server.url}/{name}"}
+        return {"name": name, "id": name, "url": url}
 
     def delete_repository(self) -> Any:
         asked = json.loads(self.body)
