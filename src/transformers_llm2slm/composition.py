@@ -90,9 +90,10 @@ def compose(
         fields, fusion, projector_init = _defaults_of_cut(llm_model, fields, fusion, projector_init)
     elif fields.get("slm_encoder", "keep") == "keep":
         check_can_write(slm_model)
-    # An SLM cut from the LLM has its tokenizer.
-    tokenizers = (llm_source, llm_source) if slm_layers is not None else (llm_source, slm_source)
-    fusion = _choose_fusion(fusion, fields, processor, *tokenizers, llm_kwargs, slm_kwargs)
+    tokenizers = (llm_source, slm_source, llm_kwargs, slm_kwargs)
+    if slm_layers is not None:  # what is cut from the LLM has its tokenizer
+        tokenizers = (llm_source, llm_source, llm_kwargs, llm_kwargs)
+    fusion = _choose_fusion(fusion, fields, processor, *tokenizers)
     projector_init = projector_init or "random"
     if projector_init == "zero" and fusion not in ("add", "align"):
         raise ValueError(
@@ -128,7 +129,7 @@ def compose(
         from .fit import fit_projector
 
         if processor is None:
-            processor = _processor(*tokenizers, fusion, llm_kwargs, slm_kwargs)
+            processor = _processor(*tokenizers, fusion)
         fit_projector(model, processor, fit_prompts, target=fit_target, slm=whole_slm)
     return model.eval()
 
@@ -234,7 +235,7 @@ def load_tokenizer(name_or_path: str, kwargs: Mapping[str, Any]) -> Any:
 
 
 def _processor(
-    llm: str | None, slm: str | None, fusion: str, llm_kwargs: dict[str, Any], slm_kwargs: dict[str, Any]
+    llm: str | None, slm: str | None, llm_kwargs: dict[str, Any], slm_kwargs: dict[str, Any], fusion: str
 ) -> LLM2SLMProcessor:
     from .processing_llm2slm import LLM2SLMProcessor
 

@@ -20,6 +20,7 @@ from .configuration_llm2slm import (
     special_token_id,
 )
 from .loading import HUB_ARGUMENTS, llm_position_limit, location, take_prefixed
+from .reference import pin_revision
 from .structure import position_limit
 
 # Subfolders of the tokenizers where there are two. Where there is one, it lies at the root, as in any other repository.
@@ -95,17 +96,21 @@ class LLM2SLMProcessor(ProcessorMixin):
         Raises:
             ValueError: for `fusion="add"` with two different tokenizers.
         """
-        llm, slm = os.fspath(llm), os.fspath(llm if slm is None else slm)
+        llm, slm = os.fspath(llm), None if slm is None else os.fspath(slm)
         shared = {key: kwargs.pop(key) for key in (*HUB_ARGUMENTS, "trust_remote_code") if key in kwargs}
         llm_kwargs, slm_kwargs = shared | take_prefixed(kwargs, "llm_"), shared | take_prefixed(kwargs, "slm_")
         if kwargs:
             raise TypeError(f"`from_llm_slm_pretrained` got unknown argument(s) {', '.join(sorted(kwargs))}.")
+        if slm is None or (slm, location(slm_kwargs)) == (llm, location(llm_kwargs)):
+            slm, slm_kwargs = llm, llm_kwargs
+        for source, part in ((llm, llm_kwargs), (slm, slm_kwargs)):
+            pin_revision(source, part)
         llm_config, slm_config = (
             AutoConfig.from_pretrained(source, **location(part, "trust_remote_code"))
             for source, part in ((llm, llm_kwargs), (slm, slm_kwargs))
         )
         llm_tokenizer = load_tokenizer(llm, llm_kwargs)
-        tokenizer = llm_tokenizer if llm == slm else load_tokenizer(slm, slm_kwargs)
+        tokenizer = llm_tokenizer if slm_kwargs is llm_kwargs else load_tokenizer(slm, slm_kwargs)
         if tokenizers_equal(llm_tokenizer, tokenizer):
             llm_tokenizer, fusion = tokenizer, fusion or "add"
         limits = [llm_position_limit(llm_config), llm_tokenizer.model_max_length]
