@@ -199,7 +199,11 @@ def slm_auto_class(config: PreTrainedConfig) -> Any:
 def load_slm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """Load the SLM with its LM head. Raises a `ValueError` if its checkpoint lacks weights."""
     config = AutoConfig.from_pretrained(name_or_path, **location(kwargs, *REMOTE_CODE_ARGUMENTS))
-    slm, info = slm_auto_class(config).from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
+    # An Auto class looks for an adapter first, and of what says where it passes only token and revision on to that.
+    place = {key: value for key, value in location(kwargs).items() if key not in ("token", "revision")}
+    slm, info = slm_auto_class(config).from_pretrained(
+        name_or_path, config=config, output_loading_info=True, adapter_kwargs=place, **kwargs
+    )
     if info["missing_keys"] or info["mismatched_keys"]:
         raise ValueError(
             f"The checkpoint {name_or_path!r} does not hold a whole SLM {type(slm).__name__}: missing "
