@@ -22,6 +22,7 @@ from ..configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig
 from ..loading import llm_skeleton
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
 from ..processing_llm2slm import LLM2SLMProcessor
+from ..reference import pin_revision
 from .shared import check_checkpoint
 
 # Names in safetensors headers and in torch.
@@ -46,6 +47,7 @@ def checkpoint_info(name_or_path: str, **hub: Any) -> dict[str, Any]:
         ValueError: if it is no checkpoint of this kind.
         OSError: if there is none, or it has no weights.
     """
+    pin_revision(name_or_path, hub)
     check_checkpoint(name_or_path, **hub)
     folder = Path(name_or_path)
     if not folder.is_dir():

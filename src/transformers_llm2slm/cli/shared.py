@@ -117,6 +117,7 @@ def load(
 
     from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
     from ..processing_llm2slm import LLM2SLMProcessor
+    from ..reference import pin_revision
 
     options: dict[str, Any] = {
         "llm_name_or_path": llm_name_or_path,
@@ -124,6 +125,7 @@ def load(
         "dtype": dtype_name("dtype", dtype),
     }
     options = {name: value for name, value in options.items() if value is not None}
+    pin_revision(model, hub)
     check_checkpoint(model, **hub)
     processor = LLM2SLMProcessor.from_pretrained(model, **hub)
     loaded = LLM2SLMForConditionalGeneration.from_pretrained(model, **options, **hub)
