@@ -89,6 +89,21 @@ def check_loaded(name_or_path: Any, info: Mapping[str, Any]) -> None:
         )
 
 
+def checkpoint_location(
+    model: LLM2SLMForConditionalGeneration, checkpoint: str | os.PathLike, hub: Mapping[str, Any]
+) -> dict[str, Any]:
+    """
+    The arguments by which a processor is found beside a model that was loaded with the arguments `hub`: at the same commit.
+
+    The token is not among them, as models get pickled and copied about.
+    """
+    names = ["cache_dir", "local_files_only"]
+    if model.name_or_path == os.fspath(checkpoint):  # else `checkpoint` is an adapter of PEFT, and the model its base
+        names += ["revision", "subfolder"]
+    found = {name: hub[name] for name in names if name in hub}
+    return {name: getattr(value, "resolved", value) for name, value in found.items()}
+
+
 def attach_pretrained_llm(
     model: LLM2SLMForConditionalGeneration,
     checkpoint: str | os.PathLike,

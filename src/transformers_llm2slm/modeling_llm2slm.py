@@ -15,6 +15,7 @@ from .checkpoint import (
     attach_pretrained_llm,
     check_can_be_saved,
     check_loaded,
+    checkpoint_location,
     checkpoint_state_dict,
     expect_checkpoint_keys,
     keep_first_names,
@@ -28,6 +29,7 @@ from .loading import HUB_ARGUMENTS, freeze, quantization_of, slm_auto_class, tak
 from .outputs import LLM2SLMModelOutput, LLM2SLMOutput
 from .projector import LLM2SLMProjector
 from .prompt import LLM2SLMPrompt, check_labels, check_response_length, fuse, prompt_mask, without_prompt_length
+from .reference import pin_revision
 from .structure import (
     accepts,
     drop_module,
@@ -291,6 +293,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
     def __init__(self, config: LLM2SLMConfig, slm: PreTrainedModel | None = None):
         super().__init__(config)
         self.model = LLM2SLMModel(config, slm=slm)
+        # The arguments by which a processor is found beside the checkpoint; see `from_pretrained`.
+        self.checkpoint_location: dict[str, Any] = {}
         self.post_init()
 
     @property
@@ -394,12 +398,14 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         llm_kwargs = take_prefixed(kwargs, "llm_")
+        pin_revision(os.fspath(pretrained_model_name_or_path), kwargs)
         hub = {key: kwargs[key] for key in ("revision", "subfolder", "device_map") if kwargs.get(key) is not None}
         hub |= {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
         check_loaded(pretrained_model_name_or_path, info)
+        model.checkpoint_location = checkpoint_location(model, pretrained_model_name_or_path, hub)
         if load_llm:
             attach_pretrained_llm(model, pretrained_model_name_or_path, llm_model, llm_kwargs, hub)
         else:

@@ -35,22 +35,24 @@ class Text2TextGenerationPipeline(Pipeline):
     _pipeline_calls_generate = True
     _default_generation_config = GenerationConfig(max_new_tokens=256)
 
-    def __init__(self, model: Any, tokenizer: Any = None, *, processor: Any = None, **kwargs: Any):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        processor: Any = None,
+        local_files_only: bool = False,
+        **kwargs: Any,
+    ):
         ours = isinstance(model, LLM2SLMForConditionalGeneration)
         # One tokenizer will do where the configuration says that LLM and SLM share it.
         shared = ours and (model.config.fusion == "add" or model.config.slm_layers is not None)
         if ours and processor is None and not (shared and tokenizer is not None):
-            if not model.name_or_path:
-                raise ValueError(
-                    "This model was composed in memory and names no processor. Pass it: "
-                    '`pipeline("text2text-generation", model=model, processor=processor)`.'
-                )
-            processor = AutoProcessor.from_pretrained(model.name_or_path)
+            processor = processor_beside(model, local_files_only)
         if isinstance(processor, LLM2SLMProcessor):
             tokenizer = processor.tokenizer
         if tokenizer is None:
             raise ValueError('The task "text2text-generation" needs a tokenizer or a processor: pass `tokenizer=`.')
-        kwargs.pop("local_files_only", None)  # was for loading; `pipeline` leaves it among what goes to `generate`
         super().__init__(model, tokenizer=tokenizer, processor=processor, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -135,3 +137,17 @@ class Text2TextGenerationPipeline(Pipeline):
             sequences, skip_special_tokens=True, clean_up_tokenization_spaces=clean_up_tokenization_spaces
         )
         return [{"generated_text": text} for text in texts]
+
+
+def processor_beside(model: LLM2SLMForConditionalGeneration, local_files_only: bool) -> LLM2SLMProcessor:
+    """The processor that lies beside the checkpoint of a model: at its commit, in its subfolder, from the same cache."""
+    pass_it = 'Pass it: `pipeline("text2text-generation", model=model, processor=processor)`.'
+    if not model.name_or_path:
+        raise ValueError(f"This model was composed in memory and names no processor. {pass_it}")
+    place = model.checkpoint_location | ({"local_files_only": True} if local_files_only else {})
+    try:
+        return AutoProcessor.from_pretrained(model.name_or_path, **place)
+    except OSError as error:
+        raise OSError(
+            f"The processor of the model {model.name_or_path!r} could not be loaded: {error}\n{pass_it}"
+        ) from error
