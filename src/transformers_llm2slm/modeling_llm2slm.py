@@ -436,6 +436,13 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             kwargs["state_dict"] = checkpoint_state_dict(self, state_dict)
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
+        """What lay in a folder before it was saved to, and is not pushed: not the LLM, which is saved first."""
+        found = super()._get_files_timestamps(working_dir)
+        return {
+            name: time for name, time in found.items() if name != LLM_SUBFOLDER or not self.config.llm_in_checkpoint
+        }
+
     # Reading and writing ---------------------------------------------------------------------------------------------
     def encode_prompt(self, *args: Any, **kwargs: Any) -> LLM2SLMPrompt:
         """See [`LLM2SLMModel.encode_prompt`]."""
