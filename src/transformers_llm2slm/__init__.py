@@ -15,8 +15,7 @@ from .projector import LLM2SLMProjector
 from .prompt import LLM2SLMPrompt
 from .registration import register
 from .sft import prepare_sft_config
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 register()
 

@@ -8,6 +8,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
 
+from .remote_code import IncludesCode, code_included, save_code, with_code, without_code
+
 Fusion = Literal["add", "replace", "llm-embed", "align"]
 ProjectorInit = Literal["random", "zero", "identity", "fit"]
 ProjectorNorm = Literal["none", "layer_norm", "rms_norm"]
@@ -45,7 +47,7 @@ def decoder_text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 @strict
-class LLM2SLMConfig(PreTrainedConfig):
+class LLM2SLMConfig(IncludesCode, PreTrainedConfig):
     r"""
     Configuration of [`LLM2SLMForConditionalGeneration`].
 
@@ -154,11 +156,32 @@ class LLM2SLMConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As for any config, but `llm_*` arguments of `AutoModel.from_pretrained` are left for the LLM's loader."""
+        config_dict = without_code(config_dict)
         if not kwargs.get("return_unused_kwargs"):
             return super().from_dict(config_dict, **kwargs)
         llm_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith("llm_")}
         config, unused = super().from_dict(config_dict, **kwargs)
         return config, unused | llm_kwargs
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        push_to_hub: bool = False,
+        include_code: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As for any config; a model's, while the model is saved with its code, brings the code."""
+        with code_included(self, include_code):
+            super().save_pretrained(save_directory, **kwargs)
+            if hasattr(self, "auto_map"):
+                save_code(save_directory)
+            if push_to_hub:
+                self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        # Written anew, since `pipeline` leaves classes, which are no JSON, in the `custom_pipelines` that it has read.
+        output = super().to_dict()
+        return with_code(output) if "auto_map" in output else output
 
     # Widths ----------------------------------------------------------------------------------------------------------
     @property

@@ -30,6 +30,7 @@ from .outputs import LLM2SLMModelOutput, LLM2SLMOutput
 from .projector import LLM2SLMProjector
 from .prompt import LLM2SLMPrompt, check_labels, check_response_length, fuse, prompt_mask, without_prompt_length
 from .reference import pin_revision
+from .remote_code import IncludesCode
 from .structure import (
     accepts,
     drop_module,
@@ -43,7 +44,7 @@ from .structure import (
 
 
 # Models ------------------------------------------------------------------------------------------------------------------
-class LLM2SLMPreTrainedModel(PreTrainedModel):
+class LLM2SLMPreTrainedModel(IncludesCode, PreTrainedModel):
     """Base of the two model classes: configuration, initialisation, and what the SLM is asked for its owner."""
 
     config: LLM2SLMConfig
@@ -422,6 +423,7 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
             save_directory (`str` or `os.PathLike`): Where to.
             save_llm (`bool`, defaults to `False`): Save the LLM too, in the subfolder `llm/`, for a checkpoint that
                 needs nothing else.
+            include_code (`bool`, defaults to `False`): Save a copy of the code too, see [`IncludesCode`].
             args, kwargs: As for any `save_pretrained` (`push_to_hub`, `max_shard_size`, `state_dict` ...).
         """
         self.config.llm_in_checkpoint = save_llm

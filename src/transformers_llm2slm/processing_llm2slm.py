@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import AutoConfig, BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
@@ -21,6 +21,7 @@ from .configuration_llm2slm import (
 )
 from .loading import HUB_ARGUMENTS, llm_position_limit, location, take_prefixed
 from .reference import pin_revision
+from .remote_code import PROCESSOR_AUTO_MAP, IncludesCode, code_included, save_code
 from .structure import position_limit
 
 # Subfolders of the tokenizers where there are two. Where there is one, it lies at the root, as in any other repository.
@@ -28,7 +29,7 @@ SLM_TOKENIZER_SUBFOLDER = "slm_tokenizer"
 LLM_TOKENIZER_SUBFOLDER = "llm_tokenizer"
 
 
-class LLM2SLMProcessor(ProcessorMixin):
+class LLM2SLMProcessor(IncludesCode, ProcessorMixin):
     r"""
     Turns prompts into the LLM's tokens (and the SLM's, for `fusion="align"`) and responses into the SLM's.
 
@@ -132,7 +133,11 @@ class LLM2SLMProcessor(ProcessorMixin):
         )
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike,
+        push_to_hub: bool = False,
+        include_code: bool = False,
+        **kwargs: Any,
     ) -> list[str]:
         """
         Save settings and tokenizers. One tokenizer lies at the root, where `AutoTokenizer` finds it; two lie in
@@ -142,6 +147,7 @@ class LLM2SLMProcessor(ProcessorMixin):
             save_directory (`str` or `os.PathLike`): Where to.
             push_to_hub (`bool`, defaults to `False`): Upload the same files too, to `repo_id` (by default the name of
                 the folder in your namespace), with the arguments of `push_to_hub` in `kwargs`.
+            include_code (`bool`, defaults to `False`): Save a copy of the code too, see [`IncludesCode`].
         """
         os.makedirs(save_directory, exist_ok=True)
         if self.shared_tokenizer:
@@ -153,13 +159,17 @@ class LLM2SLMProcessor(ProcessorMixin):
             with open(os.path.join(save_directory, CHAT_TEMPLATE_FILE), "w", encoding="utf-8") as template:
                 template.write(self.chat_template)
         file = os.path.join(save_directory, PROCESSOR_NAME)
-        self.to_json_file(file)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
+        with code_included(self, include_code):
+            self.to_json_file(file)
+            if hasattr(self, "auto_map"):
+                save_code(save_directory)
+            if push_to_hub:
+                self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
         return [file]
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"shared_tokenizer": self.shared_tokenizer}
+        output = super().to_dict() | {"shared_tokenizer": self.shared_tokenizer}
+        return output | {"auto_map": PROCESSOR_AUTO_MAP} if "auto_map" in output else output
 
     @classmethod
     def _get_arguments_from_pretrained(
@@ -422,6 +432,22 @@ class LLM2SLMProcessor(ProcessorMixin):
         if name != "labels" and tokenizer.padding_side == "left":
             return [[value] * (length - len(row)) + row for row in rows]
         return [row + [value] * (length - len(row)) for row in rows]
+
+
+class LLM2SLMTokenizer:
+    """
+    What `AutoTokenizer` comes to for a checkpoint of this model that has no tokenizer at its root: one with two.
+
+    Where one tokenizer serves LLM and SLM, it lies at the root, and `AutoTokenizer` loads it like any other.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(
+            f"{str(pretrained_model_name_or_path)!r} has two tokenizers, the LLM's for reading and the SLM's for writing, and "
+            "no single one serves both. Load them together: `AutoProcessor.from_pretrained(...)`, with `.tokenizer` for "
+            "the SLM's and `.llm_tokenizer` for the LLM's."
+        )
 
 
 def is_conversation(value: Any) -> bool:

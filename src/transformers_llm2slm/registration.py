@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
-
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
 
 from .configuration_llm2slm import LLM2SLMConfig
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
-from .processing_llm2slm import LLM2SLMProcessor
-
-TASK = "text2text-generation"
-
-
-class LLM2SLMTokenizer:
-    """
-    What `AutoTokenizer` comes to for a checkpoint of this model that has no tokenizer at its root: one with two.
-
-    Where one tokenizer serves LLM and SLM, it lies at the root, and `AutoTokenizer` loads it like any other.
-    """
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError(
-            f"{str(pretrained_model_name_or_path)!r} has two tokenizers, the LLM's for reading and the SLM's for writing, and "
-            "no single one serves both. Load them together: `AutoProcessor.from_pretrained(...)`, with `.tokenizer` for "
-            "the SLM's and `.llm_tokenizer` for the LLM's."
-        )
+from .processing_llm2slm import LLM2SLMProcessor, LLM2SLMTokenizer
+from .remote_code import TASK
 
 
 def register() -> None:
