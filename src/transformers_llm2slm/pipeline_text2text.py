@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, GenerationConfig
+from transformers import GenerationConfig
 from transformers.pipelines.base import GenericTensor, Pipeline
 
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -146,7 +146,7 @@ def processor_beside(model: LLM2SLMForConditionalGeneration, local_files_only: b
         raise ValueError(f"This model was composed in memory and names no processor. {pass_it}")
     place = model.checkpoint_location | ({"local_files_only": True} if local_files_only else {})
     try:
-        return AutoProcessor.from_pretrained(model.name_or_path, **place)
+        return LLM2SLMProcessor.from_pretrained(model.name_or_path, **place)
     except OSError as error:
         raise OSError(
             f"The processor of the model {model.name_or_path!r} could not be loaded: {error}\n{pass_it}"
