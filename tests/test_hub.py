@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from hub_server import OWNER_TOKEN, STRANGER_TOKEN
+from hub_endpoints import OWNER_TOKEN, STRANGER_TOKEN
 
 FOLDER = pathlib.Path(__file__).parent
 ONE, TWO = "trip/one", "trip/two"  # one tokenizer and an encoder-decoder SLM; two, a decoder-only SLM, shards, private
@@ -180,7 +180,11 @@ def test_a_private_repository(hub, pushed, reader, tmp_path):
             assert reader("load", TWO, force_download=True, **place) == pushed[TWO]
             assert reader("push", "trip/mine", MODELS[TWO], {"token": OWNER_TOKEN, "private": True}, **place)
         assert not [request for request in requests if request.status == 401 and "/tree/" not in request.path]
-        assert reader("load", TWO, local_files_only=True, **place) == pushed[TWO]
+        with hub.record() as more:
+            assert reader("load", TWO, local_files_only=True, **place) == pushed[TWO]
+            mine = {"token": OWNER_TOKEN, "private": True}
+            assert reader("push", "trip/mine", MODELS[TWO], mine, local_files_only=True, **place) == pushed[TWO]
+        assert not [request for request in more if any(name in request.path for name in (TWO, *MODELS[TWO]))]
     finally:
         for repository in repositories:
             repository.private = False
@@ -328,7 +332,7 @@ def test_upload_that_is_cut(hub, pushed, writer, start, homes):
 
 
 def test_download_that_is_cut(hub, pushed, reader, tmp_path):
-    """Cut once, the client resumes. Cut until it gives up, there is an error, nothing half is loaded, the next call works."""
+    """Cut once, the client fetches the file again. Cut until it gives up, there is an error, nothing half is loaded, the next call works."""
     llm, place = MODELS[ONE][0], {"cache_dir": str(tmp_path / "cache")}
     cuts = [hub.interrupt("GET", f"/storage/{name}/") for name in (ONE, llm)]
     assert reader("load", ONE, cache_dir=str(tmp_path / "resumed")) == pushed[ONE]
