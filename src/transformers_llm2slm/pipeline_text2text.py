@@ -18,7 +18,9 @@ class Text2TextGenerationPipeline(Pipeline):
     """
     Text to text with a model that `AutoModelForSeq2SeqLM` loads: LLM-to-SLM models, and any other.
 
-    Takes a string, a list, a generator or a dataset of strings, and the arguments of `generate`.
+    Takes a string, a list, a generator or a dataset of strings, and the arguments of `generate`. A model that was loaded
+    before comes with the processor that lies beside its checkpoint, at the same commit; one from a private repository that
+    was loaded with a token of its own wants `processor=` too, as a model keeps no tokens.
 
     ```python
     >>> pipe = pipeline("text2text-generation", model="org/llm2slm-t5")
