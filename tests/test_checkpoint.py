@@ -31,6 +31,14 @@ def test_state_dict_holds_each_module_once(zoo):
     assert gathered.keys() - checkpoint_state_dict(model, gathered).keys() == {"model.slm.lm_head.weight"}
 
 
+def test_loading_from_memory(small):
+    """A configuration and a state dict in place of a name, as any `from_pretrained` takes them."""
+    model, _ = small
+    loaded = load(None, config=model.config, state_dict=model.state_dict())
+    assert torch.equal(loaded.projector.layers[0].weight, model.projector.layers[0].weight)
+    assert torch.equal(next(loaded.llm.parameters()), next(model.llm.parameters()))
+
+
 def test_layers_of_both_parts(zoo):
     """What FSDP shards one by one and device maps keep together: the layers that there are, as long as they are."""
     model, _ = zoo.compose(Pair("llama", "bart", "replace", (("slm_encoder", "skip"),)))

@@ -98,7 +98,7 @@ def checkpoint_location(
     The token is not among them, as models get pickled and copied about.
     """
     names = ["cache_dir", "local_files_only"]
-    if model.name_or_path == os.fspath(checkpoint):  # else `checkpoint` is an adapter of PEFT, and the model its base
+    if model.name_or_path == str(checkpoint):  # else `checkpoint` is an adapter of PEFT, and the model its base
         names += ["revision", "subfolder"]
     found = {name: hub[name] for name in names if name in hub}
     return {name: getattr(value, "resolved", value) for name, value in found.items()}

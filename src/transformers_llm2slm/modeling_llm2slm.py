@@ -399,7 +399,8 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         llm_kwargs = take_prefixed(kwargs, "llm_")
-        pin_revision(os.fspath(pretrained_model_name_or_path), kwargs)
+        if pretrained_model_name_or_path is not None:  # else the caller gives a configuration and a state dict
+            pin_revision(os.fspath(pretrained_model_name_or_path), kwargs)
         hub = {key: kwargs[key] for key in ("revision", "subfolder", "device_map") if kwargs.get(key) is not None}
         hub |= {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
         model, info = super().from_pretrained(
