@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from ..checkpoint_files import llm_files_bytes, safetensors_headers
 from ..configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig
 from ..loading import llm_skeleton
 from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -54,13 +53,13 @@ def checkpoint_info(name_or_path: str, **hub: Any) -> dict[str, Any]:
         ignored = [f"{LLM_SUBFOLDER}/*", "checkpoint-*/*"]
         folder = Path(snapshot_download(name_or_path, allow_patterns=CHECKPOINT_FILES, ignore_patterns=ignored, **hub))
     config = LLM2SLMConfig.from_pretrained(folder)
-    tensors = _headers(folder.glob("*.safetensors"))
+    tensors = safetensors_headers(folder.glob("*.safetensors"))
     if not tensors:
         raise OSError(f"{name_or_path!r} holds no *.safetensors files, so there are no weights to tell of.")
     llm = llm_skeleton(config.llm_config)
     with torch.device("meta"):
         model = LLM2SLMForConditionalGeneration(copy.deepcopy(config))
-    llm_files = _headers((folder / LLM_SUBFOLDER).glob("*.safetensors")) if config.llm_in_checkpoint else {}
+    llm_files = safetensors_headers((folder / LLM_SUBFOLDER).glob("*.safetensors")) if config.llm_in_checkpoint else {}
     parts: dict[str, dict[str, Any]] = {
         "llm": {
             "class": type(llm).__name__,
@@ -71,7 +70,7 @@ def checkpoint_info(name_or_path: str, **hub: Any) -> dict[str, Any]:
             "source": config.llm_name_or_path,
             "revision": config.llm_revision,
             "fingerprint": config.llm_fingerprint,
-            "source_bytes": _source_bytes(config, hub),
+            "source_bytes": llm_files_bytes(config, hub.get("cache_dir")),
             "checkpoint_bytes": sum(tensor["bytes"] for tensor in llm_files.values()),
         }
     }
@@ -101,45 +100,6 @@ def checkpoint_info(name_or_path: str, **hub: Any) -> dict[str, Any]:
             "checkpoint_bytes": sum(part["checkpoint_bytes"] for part in parts.values()),
         },
     }
-
-
-def _headers(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Number of elements, bytes and dtype of every tensor in safetensors files, from their headers."""
-    tensors = {}
-    for file in sorted(files):
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            text = opened.read(length) if 0 < length < file.stat().st_size else b""
-        try:
-            header = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{str(file)!r} is no safetensors file, or a broken one: write it again.") from error
-        header.pop("__metadata__", None)
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        if file.stat().st_size != 8 + length + end:
-            raise ValueError(
-                f"{str(file)!r} is {file.stat().st_size} bytes long, expected {8 + length + end}: it is cut."
-            )
-        for key, tensor in header.items():
-            start, stop = tensor["data_offsets"]
-            tensors[key] = {"numel": math.prod(tensor["shape"]), "bytes": stop - start, "dtype": tensor["dtype"]}
-    return tensors
-
-
-def _source_bytes(config: LLM2SLMConfig, hub: dict[str, Any]) -> int | None:
-    """Size of the weight files that the checkpoint names as its LLM; `None` if they are not on this machine."""
-    if (source := config.llm_name_or_path) is None:
-        return None
-    folder = Path(source)
-    if not folder.is_dir():
-        try:
-            found = snapshot_download(
-                str(source), revision=config.llm_revision, cache_dir=hub.get("cache_dir"), local_files_only=True
-            )
-        except (OSError, ValueError):
-            return None
-        folder = Path(found)
-    return sum(file.stat().st_size for file in (folder / config.llm_subfolder).glob("*.safetensors")) or None
 
 
 def _checkpoint_part(prefix: str, module: nn.Module, tensors: dict[str, dict[str, Any]]) -> dict[str, Any]:
