@@ -27,11 +27,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from report import provenance
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, T5Model
 from transformers.utils import logging
 
 from transformers_llm2slm import LLM2SLMForConditionalGeneration
+from transformers_llm2slm.measurements import provenance
 
 PROMPT_LENGTH = 128
 NEW_TOKENS = 64

@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from datasets import Dataset, load_dataset
 from generate_overhead import T5_LARGE, T5_SMALL, smollm2_config
-from report import provenance
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -52,6 +51,7 @@ from transformers_llm2slm import (
     LLM2SLMProcessor,
     cache_llm_states,
 )
+from transformers_llm2slm.measurements import provenance
 
 DATA = pathlib.Path(__file__).parent.parent / "examples" / "data" / "synopsis-train.jsonl.gz"
 PROMPT_LENGTH, RESPONSE_LENGTH, BATCH_SIZE = 128, 32, 8

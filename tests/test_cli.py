@@ -104,7 +104,9 @@ def test_version_and_help(run):
     code, out, _ = run()
     assert code == 0 and out == run("--help")[1]
     assert [
-        name for name in ("compose", "info", "generate", "cache", "train", "evaluate") if f"│ {name} " not in out
+        name
+        for name in ("compose", "info", "generate", "cache", "train", "evaluate")
+        if f"│ {name} " not in out
     ] == []
     assert max(map(len, out.splitlines())) <= 80
 
@@ -680,7 +682,7 @@ def test_cache(run, error, checkpoint, rows_file, tmp_path):
 # evaluate ------------------------------------------------------------------------------------------------------------
 def test_evaluate(run, checkpoint, rows_file, tmp_path):
     results, predictions = tmp_path / "new" / "results.json", tmp_path / "predictions.jsonl"
-    options = ["--max-rows", 5, "--batch-size", 2, "--max-new-tokens", 6, "--max-prompt-length", 12]
+    options = ["--max-rows", 5, "--batch-size", 2, "--max-new-tokens", 6, "--max-prompt-length", 12, "--no-record"]
     code, out, err = run(
         "evaluate", checkpoint, "--file", rows_file, *options, "--output", results, "--predictions", predictions
     )
@@ -702,6 +704,7 @@ def test_evaluate(run, checkpoint, rows_file, tmp_path):
     assert (found["rows"], found["new_tokens"]) == (5, generated.new_tokens)
     assert found["tokens_per_second"] == pytest.approx(found["new_tokens"] / found["seconds"])
     assert (found["model"], found["data"], found["max_new_tokens"]) == (str(checkpoint), str(rows_file), 6)
+    assert not (checkpoint / "measurements.json").exists()
     shown = dict(line.split() for line in out.splitlines() if len(line.split()) == 2)
     assert shown["chrf"] == f"{scores['chrf']:.2f}" and shown["rows"] == "5"
 
@@ -712,7 +715,7 @@ def test_evaluate_against_its_own_answers(run, checkpoint, tmp_path):
     rows = [{"question": prompt, "answer": text} for prompt, text in zip(PROMPTS, texts, strict=True)]
     rows[1]["answer"] = "something else"
     command = ["evaluate", checkpoint, "--file", write_rows(tmp_path / "rows.csv", rows), "--max-new-tokens", 6]
-    command += ["--prompt-column", "question", "--completion-column", "answer", "--num-beams", 3]
+    command += ["--prompt-column", "question", "--completion-column", "answer", "--num-beams", 3, "--no-record"]
     assert run(*command, "--output", tmp_path / "results.json")[0] == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["exact_match"] == pytest.approx(200 / 3) and results["num_beams"] == 3

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
@@ -66,6 +67,10 @@ MaxNewTokens = Annotated[int, Option(metavar="N", min=1, help="Longest response,
 NumBeams = Annotated[int, Option(metavar="N", min=1, help="Beams; 1 is greedy.")]
 
 
+# Of a command that others are shown: what is secret, or of no use but on this machine.
+_NOT_SHOWN = ("token", "cache_dir", "output", "predictions", "debug")
+
+
 # Arguments, loading, output ---------------------------------------------------------------------------------------------
 def dtype_name(option: str, dtype: str | None) -> str | None:
     """The dtype as given. Raises a `ValueError` for what a model can't be loaded in."""
@@ -78,6 +83,27 @@ def dtype_name(option: str, dtype: str | None) -> str | None:
 def hub_arguments(**arguments: Any) -> dict[str, Any]:
     """Arguments of every loader, without those that are not given."""
     return {name: value for name, value in arguments.items() if value}
+
+
+def shown_command(context: typer.Context) -> str:
+    """The command that is running as it can be shown to others: paths by their last part, and no token."""
+    from ..measurements import is_secret, shareable_command
+
+    words = ["llm2slm", context.info_name or ""]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if value is None or value == parameter.default or parameter.name in _NOT_SHOWN:
+            continue
+        items = [str(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
+        if parameter.param_type_name == "argument":
+            words += items
+        elif isinstance(value, bool):
+            words.append(parameter.opts[0] if value else (parameter.secondary_opts or parameter.opts)[0])
+        else:  # a field of `--set NAME=VALUE` can be secret too
+            words += [
+                word for item in items if not is_secret(item.partition("=")[0]) for word in (parameter.opts[0], item)
+            ]
+    return shareable_command(words)
 
 
 def check_reachable(name_or_path: str, **hub: Any) -> str | None:
