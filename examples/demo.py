@@ -11,17 +11,14 @@ synopsis. Beside it stand the LLM itself, untrained, and the same SLM trained in
 
 import copy
 import datetime
-import importlib.metadata
 import json
-import os
-import platform
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +47,21 @@ from transformers_llm2slm import (
     fit_slm_embeddings,
 )
 from transformers_llm2slm.evaluation import text_scores
+from transformers_llm2slm.measurements import (
+    QUALITY,
+    SPEED,
+    TRAINING,
+    Record,
+    machine,
+    shareable_command,
+    versions,
+    write_record,
+)
 from transformers_llm2slm.model_card import write_model_card
+from transformers_llm2slm.speed import THIS_MODEL, measure_speed, seconds_of
 
 PROJECT = Path(__file__).resolve().parent.parent
+DEFAULT_DATA = "descriptions and synopses of Debian packages (examples/data of the library)"
 DEFAULT_LLM, DEFAULT_LLM_HUB_ID = "smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"
 LLM, SLM, HYBRID, WORDS = "LLM, zero-shot", "SLM alone", "LLM-to-SLM", "first 8 words"
 console = Console(width=120)
@@ -150,16 +159,6 @@ class SLMAloneCollator:
 
 
 # Models ------------------------------------------------------------------------------------------------------------------
-def seconds_of(function: Callable[[], Any], repeats: int = 1) -> float:
-    """The shortest of the times that some calls of `function` take."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def fast_dtype() -> torch.dtype:
     """bfloat16 if this machine multiplies matrices clearly faster in it than in float32, else float32."""
     matrices = {dtype: torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
@@ -168,15 +167,16 @@ def fast_dtype() -> torch.dtype:
 
 
 def compose(
-    llm: PreTrainedModel, arguments: DemoArguments, processor: LLM2SLMProcessor, prompts: Sequence[str]
+    llm: PreTrainedModel, arguments: DemoArguments, processor: LLM2SLMProcessor, prompts: Sequence[str] = ()
 ) -> LLM2SLMForConditionalGeneration:
-    """The hybrid before training, with projector and SLM in float32, whatever the LLM is in."""
+    """The hybrid before training, with projector and SLM in float32, whatever the LLM is in. `prompts` are to fit it on."""
     slm = {"slm_layers": arguments.slm_layers} if arguments.slm is None else {"slm": arguments.slm}
     model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, **slm, processor=processor)
     model.projector.float()
     model.slm.float()
     if arguments.slm is None and not llm.config.is_encoder_decoder:
-        fit_slm_embeddings(model, processor, prompts)
+        if prompts:
+            fit_slm_embeddings(model, processor, prompts)
         # Most of the SLM's parameters are in its vocabulary. A few thousand rows train the layers better without them.
         for vocabulary in (model.slm.get_input_embeddings(), model.slm.get_output_embeddings()):
             vocabulary.requires_grad_(False)
@@ -277,35 +277,9 @@ def loss_per_token(model: PreTrainedModel, collator: Callable, rows: Dataset, ba
     return round(total / count, 3)
 
 
-def measure_speed(contestants: Mapping[str, Writer], prompt: str, tokens: int, rounds: int) -> Figures:
-    """
-    Time greedy writing of exactly `tokens` tokens at batch size 1, all contestants one after another in every round.
-
-    Returns:
-        For each, medians over the rounds (after one for warming up): milliseconds to the first token (reading included)
-        and for each further one, seconds in all, the fastest and the slowest round, tokens per second, and the ratio
-        to the LLM.
-    """
-    times: dict[str, list[list[float]]] = {name: [] for name in contestants}
-    for _ in range(rounds + 1):
-        for name, writer in contestants.items():
-            lengths = ({"min_new_tokens": n, "max_new_tokens": n, "do_sample": False} for n in (1, tokens))
-            times[name].append([seconds_of(lambda w=writer, n=n: w([prompt], **n)) for n in lengths])
-    figures: Figures = {}
-    for name, pairs in times.items():
-        first, total = zip(*pairs[1:], strict=True)
-        further = [(t - f) / (tokens - 1) for f, t in zip(first, total, strict=True)]
-        seconds = statistics.median(total)
-        figures[name] = {
-            "first token, ms": 1000 * statistics.median(first),
-            "further token, ms": 1000 * statistics.median(further),
-            "total, s": seconds,
-            "fastest, s": min(total),
-            "slowest, s": max(total),
-            "tokens/s": tokens / seconds,
-            "times the LLM": (figures[LLM]["total, s"] if figures else seconds) / seconds,
-        }
-    return figures
+def write_exactly(writer: Writer, prompt: str, count: int) -> list[str]:
+    """Greedy text of exactly `count` tokens."""
+    return writer([prompt], min_new_tokens=count, max_new_tokens=count, do_sample=False)
 
 
 # Saving, and loading elsewhere -------------------------------------------------------------------------------------------
@@ -372,23 +346,61 @@ def plot(path: Path, quality: Figures, speed: Figures, note: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    cpu = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-    libraries = ("transformers-llm2slm", "torch", "transformers", "accelerate", "datasets", "rouge-score")
-    versions = {name: importlib.metadata.version(name) for name in libraries} | {"python": platform.python_version()}
-    date = datetime.date.today().isoformat()
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "date": date,
-        "versions": versions,
+def card_records(results: Mapping[str, Any], prompt_tokens: int) -> list[Record]:
+    """The results, of the hybrid and of what it is compared with, as records for its model card."""
+    settings, quality = results["settings"], results["quality"]
+    machine = results["machine"]
+    by = {name: machine[name] for name in ("date", "versions")} | {"command": results["command"], "machine": machine}
+    scores = {name: {key.replace("ROUGE-", "rouge"): x for key, x in row.items()} for name, row in quality.items()}
+    speed = {THIS_MODEL if name == HYBRID else name: row for name, row in results["speed"].items()}
+    source = settings["dataset"]
+    training = {
+        "steps": settings["steps"],
+        "rows in a step": settings["train_batch_size"],
+        "learning rate": settings["learning_rate"],
+        "prompts": f"at most {settings['max_prompt_length']} tokens, then {settings['prompt_suffix']!r}",
+        "bfloat16 autocast": settings["bf16 autocast"],
+        "seed": settings["seed"],
     }
+    conditions = {
+        "prompt tokens": prompt_tokens,
+        "new tokens": settings["timing_tokens"],
+        "batch size": 1,
+        "decoding": "greedy",
+        "all models in": "bfloat16" if settings["bf16 autocast"] else "float32",
+        "rounds, of which medians": settings["timing_rounds"],
+    }
+    return [
+        {"kind": TRAINING, "data": {"name": source or DEFAULT_DATA}, "settings": training, **by},
+        {
+            "kind": QUALITY,
+            "data": {"name": source or "synopsis-validation.jsonl.gz", "rows": settings["eval_rows"]},
+            "metrics": scores.pop(HYBRID),
+            "beside": scores,
+            "note": "ROUGE in percent, with stemming. The LLM is untrained; the SLM alone is trained like this model, but "
+            "without the LLM.",
+            **by,
+        },
+        {"kind": SPEED, "settings": conditions, "figures": speed, **by},
+    ]
+
+
+def write_card(
+    checkpoint: Path,
+    hybrid: LLM2SLMForConditionalGeneration,
+    arguments: DemoArguments,
+    example: str,
+    records: Sequence[Record] | None = None,
+) -> Path:
+    """The model card of the checkpoint; `records` default to those in its folder."""
+    return write_model_card(
+        checkpoint,
+        hybrid,
+        limits=["It was trained for minutes, to show how the library works."],
+        example=example,
+        base_model=DEFAULT_LLM_HUB_ID if arguments.llm is None and arguments.slm is None else None,
+        records=records,
+    )
 
 
 # The demonstration -------------------------------------------------------------------------------------------------------
@@ -431,7 +443,8 @@ def main() -> None:
     with phase("Training the same SLM alone"):
         slm = train(slm, slm_collator, train_rows, arguments, steps, bf16)
 
-    info = machine()
+    info = machine() | {"date": datetime.date.today().isoformat()}
+    info["versions"] = versions("accelerate", "datasets", "rouge-score")
     settings = asdict(arguments) | {"output_dir": output_dir.name, "steps": steps, "bf16 autocast": bf16}
     prompts, references = list(eval_rows["prompt"]), list(eval_rows["completion"])
     with phase("Quality"):
@@ -448,45 +461,29 @@ def main() -> None:
     with phase("Speed"):
         timed = writers(llm, copy.deepcopy(slm).to(dtype), copy.deepcopy(hybrid).to(dtype), processor, slm_collator)
         prompt = sorted(prompts, key=len)[len(prompts) // 2]
-        speed = measure_speed(timed, prompt, arguments.timing_tokens, arguments.timing_rounds)
+        one_prompt = {name: partial(write_exactly, writer, prompt) for name, writer in timed.items()}
+        speed = measure_speed(one_prompt, arguments.timing_tokens, arguments.timing_rounds)
+        prompt_tokens = len(processor(text=prompt)["input_ids"])
         how = (
-            f"Batch size 1, a prompt of {len(processor(text=prompt)['input_ids'])} tokens, {arguments.timing_tokens} new "
+            f"Batch size 1, a prompt of {prompt_tokens} tokens, {arguments.timing_tokens} new "
             f"tokens, greedy, {dtype}, {info['threads']} threads, medians of {arguments.timing_rounds} rounds".replace(
                 "torch.", ""
             )
         )
         show(how, speed)
+        command = "make demo" if len(sys.argv) == 1 else shareable_command(["examples/demo.py", *sys.argv[1:]])
+        results = {"command": command, "settings": settings, "quality": quality, "speed": speed, "answers": answers}
+        results |= {"machine": info, "seconds": seconds}
     with phase("Saving, and loading in a new process"):
         checkpoint = output_dir / "checkpoint"
         hybrid.save_pretrained(checkpoint)
         processor.save_pretrained(checkpoint)
-        write_model_card(
-            checkpoint,
-            hybrid,
-            dataset=arguments.dataset or "descriptions and synopses of Debian packages (examples/data of the library)",
-            training={
-                "steps": steps,
-                "rows in a step": arguments.train_batch_size,
-                "learning rate": arguments.learning_rate,
-                "prompts": f"at most {arguments.max_prompt_length} tokens, then {arguments.prompt_suffix!r}",
-                "bfloat16 autocast": bf16,
-            },
-            metrics=quality,
-            speed=speed,
-            notes={
-                "metrics": f"ROUGE in percent, with stemming, on {len(eval_rows)} held-out rows. The LLM is untrained, the SLM "
-                "alone is trained like this model, but without the LLM.",
-                "speed": f"{how}, {info['cpu']}.",
-            },
-            limits=["It was trained for minutes, to show how the library works."],
-            example=prompts[0],
-            base_model=DEFAULT_LLM_HUB_ID if arguments.llm is None and arguments.slm is None else None,
-        )
+        for record in card_records(results, prompt_tokens):
+            write_record(checkpoint, record)
+        write_card(checkpoint, hybrid, arguments, prompts[0])
         check_checkpoint(checkpoint, contestants[HYBRID], prompts[:5], arguments.max_new_tokens)
         console.print("In a new process AutoModel and pipeline write the same texts.")
     plot(output_dir / "quality_and_speed.png", quality, speed, f"{how}, {info['cpu']}")
-    results = {"settings": settings, "quality": quality, "speed": speed, "answers": answers}
-    results |= {"seconds": seconds, "machine": info}
     (output_dir / "results.json").write_text(json.dumps(results, indent=2, default=str) + "\n")
     console.rule(f"[bold]{sum(seconds.values()) / 60:.1f} minutes; everything is in {output_dir.name}", align="left")
 

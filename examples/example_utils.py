@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from transformers_llm2slm import (
     LLM2SLMDataCollator,
     LLM2SLMForConditionalGeneration,
+    LLM2SLMModelCardMixin,
     LLM2SLMProcessor,
     cache_llm_states,
     fit_slm_embeddings,
@@ -34,9 +35,18 @@ from transformers_llm2slm import (
 from transformers_llm2slm.cli.arguments import integers
 from transformers_llm2slm.configuration_llm2slm import decoder_text_config
 from transformers_llm2slm.evaluation import text_scores
+from transformers_llm2slm.measurements import (
+    QUALITY,
+    metrics_of,
+    provenance,
+    shareable_command,
+    without_path,
+    write_record,
+)
 from transformers_llm2slm.model_card import write_model_card
 from transformers_llm2slm.rows import load_rows
 from transformers_llm2slm.structure import position_limit
+from transformers_llm2slm.trainer_card import trainer_state_records
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +135,13 @@ class DataArguments:
     def name(self) -> str | None:
         """What the model card says about the data."""
         return self.dataset_name or self.train_file
+
+    def source(self, file: str | None, split: str) -> dict[str, str]:
+        """What a record of measurements says about the rows of `file` or, without one, of `split`."""
+        if file is not None:
+            return {"name": Path(file).name, "split": split}
+        named = {"name": without_path(self.dataset_name), "config": self.dataset_config_name, "split": split}
+        return {key: value for key, value in named.items() if value is not None}
 
 
 def parse_arguments(*types: type) -> list[Any]:
@@ -368,6 +385,10 @@ def run_seq2seq(
         write_card(trainer, model, data, results)
 
 
+class CardTrainer(LLM2SLMModelCardMixin, Seq2SeqTrainer):
+    """`Seq2SeqTrainer`, whose pushes take our model card along."""
+
+
 def seq2seq_trainer(
     model: LLM2SLMForConditionalGeneration,
     collator: LLM2SLMDataCollator,
@@ -375,13 +396,13 @@ def seq2seq_trainer(
     data: DataArguments,
     training_args: Seq2SeqTrainingArguments,
     metrics: Sequence[str],
-) -> Seq2SeqTrainer:
+) -> CardTrainer:
     training_args.generation_num_beams = data.num_beams or training_args.generation_num_beams
     if training_args.generation_max_length is None:
         # An encoder-decoder SLM counts the token that it starts from.
         start = int(model.slm.config.is_encoder_decoder)
         training_args.generation_max_length = start + (data.max_response_length or DEFAULT_NEW_TOKENS)
-    return Seq2SeqTrainer(
+    return CardTrainer(
         model=model,
         args=training_args,
         train_dataset=rows.get("train"),
@@ -401,6 +422,8 @@ def train(trainer: Trainer) -> dict[str, float]:
             logger.warning(f"Going on from {checkpoint}. To start anew, choose another --output_dir.")
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics["train_samples"] = len(trainer.train_dataset)
+    # Counted here, as an adapter is merged later.
+    metrics["trained_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     trainer.save_state()
     return save_metrics(trainer, "train", metrics)
 
@@ -430,30 +453,30 @@ def save_metrics(trainer: Trainer, split: str, metrics: dict[str, float]) -> dic
 def write_card(
     trainer: Trainer, model: LLM2SLMForConditionalGeneration, data: DataArguments, results: dict[str, dict[str, float]]
 ) -> None:
-    """The model card in the output folder, with what was measured; with `--push_to_hub` the folder goes to the Hub then."""
+    """
+    Record in the output folder what was measured, and write its model card; with `--push_to_hub` the folder goes to the
+    Hub then. `model` is what the folder holds: that of the trainer, or what its adapter was merged into.
+    """
     if not trainer.is_world_process_zero():
         return
     settings = trainer.args
     training = {
-        "rows": len(trainer.train_dataset),
-        "steps": trainer.state.global_step,
-        "rows in a step": settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size,
-        "learning rate": settings.learning_rate,
-        "training loss": results["train"]["train_loss"],
         "prompts": repr(f"{data.prompt_prefix}...{data.prompt_suffix}"),
-        "seed": settings.seed,
+        "parameters trained": results["train"]["trained_parameters"],
     }
     if getattr(data, "use_peft", False):
         training["LoRA"] = f"rank {data.lora_r} and scale {data.lora_alpha}, merged into the SLM"
-    left_out = ("runtime", "per_second", "epoch", "samples", "num_tokens", "preparation_time")
-    measured = {
-        {"eval": "validation", "predict": "test"}[split]: {
-            key.removeprefix(f"{split}_"): value for key, value in metrics.items() if not key.endswith(left_out)
-        }
-        for split, metrics in results.items()
-        if split != "train"
-    }
-    write_model_card(settings.output_dir, model, dataset=data.name, training=training, metrics=measured)
+    command = shareable_command(sys.argv)
+    validation = data.source(data.validation_file, data.validation_split)
+    records = trainer_state_records(trainer, data.name, training, validation, command)
+    if "predict" in results:
+        rows = {"rows": results["predict"]["predict_samples"]}
+        test = data.source(data.test_file, data.test_split) | rows
+        metrics = metrics_of(results["predict"], "predict")
+        records.append({"kind": QUALITY, "data": test, "metrics": metrics, **provenance(command, "datasets")})
+    for record in records:
+        write_record(settings.output_dir, record)
+    write_model_card(settings.output_dir, model, dataset=data.name)
     if settings.push_to_hub:
         upload_folder(
             repo_id=trainer.hub_model_id,

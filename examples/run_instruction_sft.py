@@ -26,7 +26,7 @@ from example_utils import (
 from transformers import Seq2SeqTrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from transformers_llm2slm import lora_config, prepare_sft_config
+from transformers_llm2slm import LLM2SLMModelCardMixin, lora_config, prepare_sft_config
 
 METRICS = ("rouge1", "rougeL", "chrf", "exact_match")
 
@@ -40,6 +40,10 @@ class InstructionArguments(DataArguments):
     use_peft: bool = option("train LoRA adapters in the SLM, and the projector; ends in a merged model", False)
     lora_r: int = option("rank of the adapters", 16)
     lora_alpha: int = option("their scale", 32)
+
+
+class CardTrainer(LLM2SLMModelCardMixin, SFTTrainer):
+    """`SFTTrainer`, whose checkpoints and pushes take our model card along."""
 
 
 def main() -> None:
@@ -63,7 +67,7 @@ def main() -> None:
                 collator.processor.save_pretrained(f"{output_dir}/base")
             model.name_or_path = f"{output_dir}/base"
         peft_config = lora_config(model, r=data_args.lora_r, lora_alpha=data_args.lora_alpha)
-    trainer = SFTTrainer(
+    trainer = CardTrainer(
         model,
         prepare_sft_config(training_args, model),
         train_dataset=rows["train"],

@@ -159,8 +159,16 @@ def test_summarization(run, file, zoo, tmp_path):
 
     card = ModelCard.load(out / "README.md")
     assert card.data.tags == ["llm2slm"] and "Trained on train.jsonl.gz." in card.content
-    assert "- steps: 4\n- rows in a step: 4\n- learning rate: 0.01\n" in card.content
-    assert f"| test | {results['predict_loss']:.4g} | {results['predict_rouge1']:.4g} |" in card.content
+    training = card.content.partition("<!-- llm2slm:training")[2].partition("<!-- /llm2slm:training")[0].splitlines()
+    assert {"- steps: 4", "- rows in a step: 4", "- learning rate: 0.01"} < set(training)
+    assert f"- training loss: {results['train_loss']:.4g}" in training
+    heading = "On test.jsonl, split test, 5 rows; measured on "
+    row = f"| this model | {results['predict_loss']:.4g} | {results['predict_rouge1']:.4g} |"
+    assert row in card.content.partition(heading)[2]
+    assert "On validation.parquet, split validation, 5 rows; measured on " in card.content
+    assert {(result.dataset_split, result.metric_value) for result in card.data.eval_results} >= {
+        ("test", results["predict_rougeL"])
+    }
     written = pipeline("text2text-generation", model=str(out))(prompts[0], max_new_tokens=4)[0]["generated_text"]
     assert isinstance(written, str)
 
@@ -296,7 +304,7 @@ def test_instructions_as_conversations(run, file, chat_llm):
     assert texts == [" ".join(text.split()) for text in generated]
     assert {"train_loss", "eval_loss", "predict_rougeL", "predict_exact_match"} < set(results)
     card = (out / "README.md").read_text()
-    assert "An LLM-to-SLM model" in card and "trl" not in card.lower() and "| validation | " in card
+    assert "An LLM-to-SLM model" in card and "trained using [TRL]" not in card and "split validation" in card
 
     other = run(
         "run_instruction_sft",

@@ -15,6 +15,7 @@ from .projector import LLM2SLMProjector
 from .prompt import LLM2SLMPrompt
 from .registration import register
 from .sft import prepare_sft_config
+from .trainer_card import LLM2SLMModelCardMixin
 from .version import __version__ as __version__
 
 register()
@@ -24,6 +25,7 @@ __all__ = [
     "LLM2SLMDataCollator",
     "LLM2SLMForConditionalGeneration",
     "LLM2SLMModel",
+    "LLM2SLMModelCardMixin",
     "LLM2SLMOutput",
     "LLM2SLMProcessor",
     "LLM2SLMProjector",

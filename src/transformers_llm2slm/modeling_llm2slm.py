@@ -29,6 +29,7 @@ from .loading import HUB_ARGUMENTS, freeze, quantization_of, slm_auto_class, tak
 from .outputs import LLM2SLMModelOutput, LLM2SLMOutput
 from .projector import LLM2SLMProjector
 from .prompt import LLM2SLMPrompt, check_labels, check_response_length, fuse, prompt_mask, without_prompt_length
+from .push import PushMixin
 from .reference import pin_revision
 from .remote_code import IncludesCode
 from .structure import (
@@ -285,7 +286,7 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
         return LLM2SLMModelOutput(last_hidden_state=head_inputs[0], past_key_values=outputs.get("past_key_values"))
 
 
-class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
+class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMPreTrainedModel, GenerationMixin):
     """
     LLM-to-SLM: text in, text out. Compose it with [`~LLM2SLMForConditionalGeneration.from_llm_slm_pretrained`], train it
     with the standard `Trainer`, load it with `AutoModel.from_pretrained`.
@@ -438,13 +439,6 @@ class LLM2SLMForConditionalGeneration(LLM2SLMPreTrainedModel, GenerationMixin):
         if (state_dict := kwargs.get("state_dict")) is not None:
             kwargs["state_dict"] = checkpoint_state_dict(self, state_dict)
         super().save_pretrained(save_directory, *args, **kwargs)
-
-    def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
-        """What lay in a folder before it was saved to, and is not pushed: not the LLM, which is saved first."""
-        found = super()._get_files_timestamps(working_dir)
-        return {
-            name: time for name, time in found.items() if name != LLM_SUBFOLDER or not self.config.llm_in_checkpoint
-        }
 
     # Reading and writing ---------------------------------------------------------------------------------------------
     def encode_prompt(self, *args: Any, **kwargs: Any) -> LLM2SLMPrompt:

@@ -13,6 +13,7 @@ from typer import Argument, Option
 
 from .arguments import integers
 from .cache import cache
+from .card import card
 from .evaluate import evaluate
 from .shared import (
     LOADING,
@@ -263,3 +264,4 @@ def generate(
 app.command()(cache)
 app.command()(train)
 app.command()(evaluate)
+app.command()(card)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +33,7 @@ from .shared import (
     load,
     quiet,
     read_rows,
+    shown_command,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ TRAINING = "Training"
 
 
 def train(
+    context: typer.Context,
     model: Model,
     output_dir: Annotated[
         Path, Option(metavar="DIR", help="Folder for checkpoints, results and the trained model.", show_default=False)
@@ -183,8 +185,23 @@ def train(
         if validation_rows is not None:
             validation_rows = cached_rows(validation_rows, loaded, processor, cache_llm_states, **options)
         loaded.model.attach_llm(None)
+    validation_data = (
+        {"name": validation_file.name} if validation_file else {"name": dataset, "split": validation_split}
+    )
     metrics = run_training(
-        loaded, processor, arguments, rows, validation_rows, max_prompt_length, max_response_length, resume_from=last
+        loaded,
+        processor,
+        arguments,
+        rows,
+        validation_rows,
+        max_prompt_length,
+        max_response_length,
+        resume_from=last,
+        card={
+            "dataset": dataset if train_file is None else train_file.name,
+            "evaluation_data": validation_data,
+            "command": shown_command(context),
+        },
     )
     losses = "".join(f", {name} {metrics[name]:.4f}" for name in ("train_loss", "eval_loss") if name in metrics)
     typer.echo(f"Saved in {output_dir} after {metrics['steps']:,} steps on {len(rows):,} rows{losses}.")
@@ -263,10 +280,11 @@ def run_training(
     max_prompt_length: int | None = None,
     max_response_length: int | None = None,
     resume_from: str | None = None,
+    card: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """
-    Train projector and SLM, and save model, processor, `train_results.json` and, with validation rows,
-    `eval_results.json` in the output folder.
+    Train projector and SLM, and save model, processor, `train_results.json`, with validation rows `eval_results.json`, and
+    the model card in the output folder. `card` has more arguments of `create_model_card`.
 
     Returns:
         `dict[str, float]`: The trainer's metrics of training and evaluation, and the number of `steps`.
@@ -274,8 +292,12 @@ def run_training(
     from transformers import Seq2SeqTrainer
 
     from ..data_collator import LLM2SLMDataCollator
+    from ..trainer_card import LLM2SLMModelCardMixin
 
-    trainer = Seq2SeqTrainer(
+    class CardTrainer(LLM2SLMModelCardMixin, Seq2SeqTrainer):
+        pass
+
+    trainer = CardTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
@@ -291,4 +313,5 @@ def run_training(
         evaluated = trainer.evaluate()
         trainer.save_metrics("eval", evaluated)
         metrics = metrics | evaluated
+    trainer.create_model_card(**(card or {}))
     return metrics | {"steps": trainer.state.global_step}
