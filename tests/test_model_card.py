@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_metadata import metadata_errors
 from huggingface_hub import ModelCard, ModelCardData
 from transformers.modelcard import TrainingSummary
 
 from transformers_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from transformers_llm2slm.card_metadata import is_hub_id
-from transformers_llm2slm.card_text import ranges
+from transformers_llm2slm.card_text import ranges, shown
 from transformers_llm2slm.measurements import without_path, write_record
 from transformers_llm2slm.model_card import checkpoint_skeleton, is_boilerplate, write_model_card
 
@@ -326,3 +327,18 @@ def test_code_in_the_repository_and_an_llm_of_one_machine(small: Small, tmp_path
     assert "trust_remote_code=True" in between(write_model_card(tmp_path, model).read_text(), "usage")
     model.config.llm_name_or_path = "org/llm"
     assert "llm_name_or_path" not in between(write_model_card(tmp_path, model).read_text(), "usage")
+
+
+# The cards that are kept -------------------------------------------------------------------------------------------------
+def test_the_card_of_the_demonstration_holds_the_recorded_results() -> None:
+    project = Path(__file__).parent.parent
+    text = (project / "model_cards" / "llm2slm-smollm2-135m-synopsis.md").read_text()
+    assert metadata_errors(text) == []
+    results = json.loads((project / "benchmarks" / "results" / "demo" / "results.json").read_text())
+    for part in ("quality", "speed"):
+        section = between(text, "results" if part == "quality" else part)
+        for name, figures in results[part].items():
+            assert row(section, "this model" if name == "LLM-to-SLM" else name)[1 : len(figures) + 1] == [
+                shown(value) for value in figures.values()
+            ]
+    assert str(results["machine"]["date"]) in text and "`make demo`" in text
