@@ -335,17 +335,21 @@ def test_info_of_a_checkpoint_that_holds_its_llm(run, sources, tmp_path):
 def test_info_and_generate_by_hub_id(run, zoo, tmp_path):
     """A hub id is looked up in the cache that is named."""
     folder, commit = tmp_path / "out", "0" * 40
-    assert run("compose", *zoo.sources(Pair("t5", "t5", "add")), folder)[0] == 0
-    repository = tmp_path / "hub" / "models--org--tiny"
-    shutil.copytree(folder, repository / "snapshots" / commit)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
+    llm, slm = zoo.sources(Pair("t5", "t5", "add"))
+    assert run("compose", llm, slm, folder)[0] == 0
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"llm_name_or_path": "org/llm"}))
+    for name, source in (("tiny", folder), ("llm", llm)):
+        repository = tmp_path / "hub" / f"models--org--{name}"
+        shutil.copytree(source, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
     hub = ["--cache-dir", tmp_path / "hub", "--local-files-only"]
     code, out, _ = run("info", "org/tiny", "--json", *hub)
-    local = json.loads(run("info", folder, "--json")[1])
+    local = json.loads(run("info", folder, "--json", *hub)[1])
     assert code == 0 and json.loads(out) == local | {"checkpoint": "org/tiny"}
     command = [PROMPTS[0], "--max-new-tokens", 5]
-    assert run("generate", "org/tiny", *command, *hub) == run("generate", folder, *command)
+    assert run("generate", "org/tiny", *command, *hub) == run("generate", folder, *command, *hub)
     assert run("generate", "org/tiny", *command, *hub, "--revision", "v2")[0] == 2
 
 

@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizer
 from transformers.utils import hub
 
-from transformers_llm2slm import LLM2SLMProcessor
+from transformers_llm2slm import LLM2SLMConfig, LLM2SLMProcessor
 from transformers_llm2slm.alignment import align_tokens
 
 PAD, BOS, EOS = 0, 1, 2
@@ -412,7 +412,7 @@ def test_save_and_load(request, kind, tmp_path):
 def test_tokenizer_without_processor(one, tmp_path):
     """A folder with a tokenizer but no settings is no processor: none are guessed."""
     one.tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llm2slm"}))
+    LLM2SLMConfig().save_pretrained(tmp_path)
     for loader in (LLM2SLMProcessor, AutoProcessor):
         with pytest.raises(
             ValueError, match=r"has no `processor_config.json` of an LLM2SLMProcessor, .*Save the proc"

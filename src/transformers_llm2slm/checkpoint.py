@@ -5,19 +5,33 @@ A checkpoint holds projector and SLM, and names the LLM by repository, commit an
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.utils import CONFIG_NAME, is_peft_available
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME, find_adapter_config_file
 
 from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig, encoder_text_config
 from .fingerprint import is_exact
-from .loading import HUB_ARGUMENTS, RAM_EFFICIENT_LOADING, adopt_llm, load_llm, location, quantization_of
-from .reference import check_llm_weights, gone_commit
+from .loading import (
+    HUB_ARGUMENTS,
+    RAM_EFFICIENT_LOADING,
+    adopt_llm,
+    hub_place,
+    load_config,
+    load_llm,
+    quantization_of,
+)
+from .reference import check_llm_weights, gone_commit, pin_revision
+from .validation import check_config, check_llm_source
+from .weight_files import building, check_weight_files
 
 if TYPE_CHECKING:
     from .modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMModel
@@ -71,6 +85,62 @@ def expect_checkpoint_keys(module: nn.Module, incompatible_keys: Any) -> None:
     loaded = {id(tensor) for name, tensor in named.items() if name not in absent}
     expected = {name for name in absent if not is_checkpoint_key(name) or id(named[name]) in loaded}
     missing[:] = [key for key in missing if not any(f".{key}".endswith(f".{name}") for name in expected)]
+
+
+def check_checkpoint(name_or_path: str | os.PathLike | None, kwargs: dict[str, Any], finds_llm: bool) -> None:
+    """
+    Refuse what must not be loaded, before anything is downloaded but its `config.json`, and before anything is built.
+
+    Args:
+        name_or_path: Hub id or local folder of a checkpoint, or of an adapter of one; `None` where the caller gives a
+            configuration and a state dict.
+        kwargs: The arguments of `from_pretrained`. Their `revision` becomes one commit, so that what was checked is loaded.
+        finds_llm: Whether the LLM will be looked for where the checkpoint says.
+
+    Raises:
+        ValueError: for a configuration or an index that no sound checkpoint has, see [`check_config`].
+        OSError: for weights that are not safetensors.
+    """
+    if name_or_path is None:
+        return
+    name = os.fspath(name_or_path)
+    pin_revision(name, kwargs)
+    place = {key: value for key, value in hub_place(kwargs).items() if value is not None}
+    base = _base_of_adapter(name, place, kwargs.get("adapter_kwargs") or {})
+    if base != name:  # the revision was the adapter's
+        name = base
+        pin_revision(name, place)
+    config = kwargs.get("config")
+    if isinstance(config, PreTrainedConfig):
+        config = config.to_dict()
+    else:
+        with building(f"The configuration of {name!r}", ValueError, OSError):
+            config, _ = PreTrainedConfig.get_config_dict(name if config is None else config, **place)
+        check_config(config, LLM2SLMConfig)
+    llm = config.get("llm_name_or_path")
+    if finds_llm and llm is not None and not config.get("llm_in_checkpoint"):
+        check_llm_source(llm, os.path.isdir(name))
+    check_weight_files(name, "", variant=kwargs.get("variant"), **place)
+
+
+def _base_of_adapter(name: str, place: dict[str, Any], adapter_kwargs: Mapping[str, Any]) -> str:
+    """The checkpoint that an adapter of PEFT belongs to, by the rules of transformers; `name` where it is no adapter."""
+    # An Auto class has found the base, and `place` is where that is.
+    adapter_place: dict[str, Any] = {**place, **adapter_kwargs}
+    adapter = adapter_place.pop("_adapter_model_path", None)
+    if adapter is None and is_peft_available() and (file := find_adapter_config_file(name, **place)) is not None:
+        adapter = name
+        if not os.path.exists(os.path.join(name, CONFIG_NAME)):
+            with building(f"The adapter {adapter!r}", OSError), open(file, encoding="utf-8") as reader:
+                name = os.fspath(json.load(reader)["base_model_name_or_path"])
+    if adapter is not None and not cached_file(
+        adapter, ADAPTER_SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **adapter_place
+    ):
+        raise OSError(
+            f"The adapter {adapter!r} has no {ADAPTER_SAFE_WEIGHTS_NAME!r}; pickles, which can run code when they are read, "
+            "are not loaded. Save it again with PEFT's `save_pretrained`."
+        )
+    return name
 
 
 def check_loaded(name_or_path: Any, info: Mapping[str, Any]) -> None:
@@ -185,7 +255,7 @@ def _load_checked(
     config: LLM2SLMConfig, name: str, arguments: dict[str, Any], quantise_as_recorded: bool
 ) -> PreTrainedModel:
     try:
-        llm_config = AutoConfig.from_pretrained(name, **location(arguments))
+        llm_config = load_config(name, arguments, "llm")
     except (OSError, ValueError) as error:
         if text := gone_commit(config, error, arguments):
             raise OSError(text) from error
@@ -193,9 +263,9 @@ def _load_checked(
     check_llm_config(config, llm_config, repr(name))
     # Files that hold the LLM quantised say themselves how.
     if quantise_as_recorded and config.llm_quantization_config and not hasattr(llm_config, "quantization_config"):
-        arguments = arguments | {
-            "quantization_config": AutoQuantizationConfig.from_dict(dict(config.llm_quantization_config))
-        }
+        with building("`llm_quantization_config`"):
+            quantization = AutoQuantizationConfig.from_dict(dict(config.llm_quantization_config))
+        arguments = arguments | {"quantization_config": quantization}
     return load_llm(name, config=llm_config, **arguments)
 
 

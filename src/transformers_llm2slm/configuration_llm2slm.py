@@ -4,11 +4,15 @@ import os
 from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .remote_code import IncludesCode, code_included, save_code, with_code, without_code
+from .validation import FORMAT_VERSION, PARTS, check_config
+from .version import __version__
 
 Fusion = Literal["add", "replace", "llm-embed", "align"]
 ProjectorInit = Literal["random", "zero", "identity", "fit"]
@@ -83,10 +87,13 @@ class LLM2SLMConfig(IncludesCode, PreTrainedConfig):
         llm_quantization_config (`dict`, *optional*): How the LLM is quantised, while it is loaded or by its files.
         llm_in_checkpoint (`bool`, defaults to `False`): Whether the checkpoint holds the LLM in its `llm/` subfolder.
         slm_name_or_path (`str`, *optional*), slm_revision (`str`, *optional*): Where the SLM came from (for the record).
+        format_version (`int`), llm2slm_version (`str`): The format of the configuration, and the version of this library
+            that wrote it; a file always holds those of the version that saves it.
 
     Raises:
         StrictDataclassError: (of huggingface_hub, around a `ValueError`) for a choice that does not exist, a size that is
             not positive, or two models that can't be joined so.
+        ValueError: on loading, for a newer format, and for what no sound checkpoint holds, see `validation.check_config`.
     """
 
     model_type = "llm2slm"
@@ -119,6 +126,8 @@ class LLM2SLMConfig(IncludesCode, PreTrainedConfig):
     llm_in_checkpoint: bool = False
     slm_name_or_path: str | os.PathLike | None = None
     slm_revision: str | None = None
+    format_version: int = FORMAT_VERSION
+    llm2slm_version: str | None = __version__
     # Text in, text out, whatever the SLM: Seq2SeqTrainer and the pipelines ask this.
     is_encoder_decoder: bool = True
 
@@ -152,16 +161,43 @@ class LLM2SLMConfig(IncludesCode, PreTrainedConfig):
                 )
         if self.llm_layer == []:
             raise ValueError("`llm_layer` is an empty list; give at least one layer.")
+        if (
+            getattr(self, "decoder_start_token_id", None) is not None
+            and special_token_id(self.slm_config, "decoder_start_token_id") is None
+        ):
+            raise ValueError(
+                f"`decoder_start_token_id` is {self.decoder_start_token_id}, but the SLM's own configuration names none: set "
+                "`slm_config.decoder_start_token_id` too."
+            )
+        vocab_size = self.get_text_config().vocab_size
+        for name, config in (("", self), ("slm_config.", self.slm_config)):
+            start = getattr(config, "decoder_start_token_id", None)
+            if isinstance(start, int) and not 0 <= start < vocab_size:
+                raise ValueError(
+                    f"`{name}decoder_start_token_id` must be one of the SLM's {vocab_size} tokens, got {start}."
+                )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As for any config, but `llm_*` arguments of `AutoModel.from_pretrained` are left for the LLM's loader."""
-        config_dict = without_code(config_dict)
-        if not kwargs.get("return_unused_kwargs"):
-            return super().from_dict(config_dict, **kwargs)
-        llm_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith("llm_")}
-        config, unused = super().from_dict(config_dict, **kwargs)
-        return config, unused | llm_kwargs
+        """
+        As for any config, but what the file holds is checked first, and `llm_*` arguments of `AutoModel.from_pretrained` are
+        left for the LLM's loader.
+        """
+        check_config(config_dict, cls)
+        config_dict = without_code(config_dict) | {name: _part(name, config_dict[name]) for name in PARTS}
+        llm_kwargs = {}
+        if kwargs.get("return_unused_kwargs"):
+            llm_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith("llm_")}
+        try:
+            config = super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError:
+            raise  # it names the field
+        except Exception as error:
+            raise ValueError(f"`config.json` is no valid configuration of an LLM-to-SLM model: {error!r}.") from error
+        if kwargs.get("return_unused_kwargs"):
+            config, unused = config
+            return config, unused | llm_kwargs
+        return config
 
     def save_pretrained(
         self,
@@ -179,8 +215,9 @@ class LLM2SLMConfig(IncludesCode, PreTrainedConfig):
                 self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
+        # Whatever wrote the file that was read, this version writes the next.
+        output = super().to_dict() | {"format_version": FORMAT_VERSION, "llm2slm_version": __version__}
         # Written anew, since `pipeline` leaves classes, which are no JSON, in the `custom_pipelines` that it has read.
-        output = super().to_dict()
         return with_code(output) if "auto_map" in output else output
 
     # Widths ----------------------------------------------------------------------------------------------------------
@@ -240,6 +277,18 @@ class LLM2SLMConfig(IncludesCode, PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
             if getattr(self, name, None) is None:
                 setattr(self, name, special_token_id(self.slm_config, name))
+
+
+def _part(name: str, config: dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of one of the two models, with errors that say of which."""
+    if isinstance(config, PreTrainedConfig):
+        return config
+    try:
+        return CONFIG_MAPPING[config["model_type"]](**config)
+    except Exception as error:  # of any kind: hundreds of classes make what they can of it
+        raise ValueError(
+            f"`{name}` is no valid configuration of a `{config['model_type']}` model: {error!r}."
+        ) from error
 
 
 def special_token_id(config: PreTrainedConfig, name: str) -> Any:

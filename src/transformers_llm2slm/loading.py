@@ -27,6 +27,8 @@ from transformers.models.auto.modeling_auto import (
 
 from .configuration_llm2slm import decoder_text_config, encoder_text_config
 from .structure import DroppedModule, drop_module, layer_list, position_limit
+from .validation import check_values
+from .weight_files import building, check_weight_files, load_compared
 
 # Arguments of `from_pretrained` that say where files come from; they reach every loader unless given for one part.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
@@ -39,8 +41,49 @@ def take_prefixed(kwargs: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def location(kwargs: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """
+    The arguments by which the files of a repository are loaded: those of `kwargs` that say where they come from, and any of
+    the names in `more`. No code of the repository is run unless these ask for it; transformers would ask the terminal.
+    """
+    return {"trust_remote_code": False} | hub_place(kwargs, *more)
+
+
+def hub_place(kwargs: Mapping[str, Any], *more: str) -> dict[str, Any]:
     """Those of the arguments of a `from_pretrained` that say where files come from, and any of the names in `more`."""
-    return {key: value for key, value in kwargs.items() if key in (*HUB_ARGUMENTS, "revision", "subfolder", *more)}
+    names = (*HUB_ARGUMENTS, "revision", "subfolder", *more)
+    return {key: value for key, value in kwargs.items() if key in names}
+
+
+def check_files(name_or_path: str, kwargs: dict[str, Any], part: str) -> dict[str, Any]:
+    """
+    Arguments to load the `part` (`"llm"` or `"slm"`) with: from safetensors, which are checked first, unless
+    `use_safetensors=False` asks for pickles.
+    """
+    if kwargs.get("use_safetensors") is False or kwargs.get("gguf_file"):
+        return kwargs
+    accept = f", or accept them with `{part}_use_safetensors=False`"
+    check_weight_files(name_or_path, accept, variant=kwargs.get("variant"), **hub_place(kwargs))
+    return kwargs | {"use_safetensors": True}
+
+
+def load_config(name_or_path: str, kwargs: Mapping[str, Any], part: str) -> PreTrainedConfig:
+    """
+    The configuration of the `part` (`"llm"` or `"slm"`) by its own repository, whose `config.json` is checked first.
+
+    Raises:
+        OSError: if it can't be reached.
+        ValueError: if it is not sound, or takes code of the repository that the arguments `kwargs` don't trust.
+    """
+    try:
+        with building(f"The {part.upper()} {name_or_path!r}", ValueError, OSError):
+            if not kwargs.get("gguf_file"):
+                content, _ = PreTrainedConfig.get_config_dict(name_or_path, **location(kwargs))
+                check_values(content, f"{part}_config")
+            return AutoConfig.from_pretrained(name_or_path, **location(kwargs, *REMOTE_CODE_ARGUMENTS))
+    except ValueError as error:
+        if "custom code" not in str(error):
+            raise
+        raise ValueError(f"{error}\nFor this model the argument is `{part}_trust_remote_code=True`.") from error
 
 
 # With this setting accelerate gives all processes but the first their weights from the model's state dict.
@@ -62,14 +105,16 @@ def reading_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, **kwargs: Any) -> None:
-        model_class.__init__(self, config, **kwargs)
+        with building(f"The LLM, a {model_class.__name__},"):
+            model_class.__init__(self, config, **kwargs)
         if config.is_encoder_decoder:
             drop_module(self, self.get_decoder(), "The LLM's decoder")
         if isinstance(getattr(self, "pooler", None), nn.Module):
             self.pooler = None
 
     namespace = {"__init__": __init__, "__module__": model_class.__module__, "__doc__": model_class.__doc__}
-    return type(model_class.__name__, (model_class,), namespace | {"_keys_to_ignore_on_load_unexpected": [r".*"]})
+    namespace |= {"_load_pretrained_model": staticmethod(load_compared), "_keys_to_ignore_on_load_unexpected": [r".*"]}
+    return type(model_class.__name__, (model_class,), namespace)
 
 
 def llm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -123,14 +168,17 @@ def load_llm(name_or_path: str, config: PreTrainedConfig | None = None, **kwargs
         raise ValueError(RAM_EFFICIENT_LOADING)
     try:
         if config is None:
-            config = AutoConfig.from_pretrained(name_or_path, **location(kwargs, *REMOTE_CODE_ARGUMENTS))
+            config = load_config(name_or_path, kwargs, "llm")
+        kwargs = check_files(name_or_path, kwargs, "llm") | {
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+        }
         # A copy, as a model may change the config it is given, and another model's loading must not see it.
         config = copy.deepcopy(config)
-        if kwargs.get("trust_remote_code") and type(config) not in MODEL_MAPPING:
-            llm, info = AutoModel.from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
-        else:
-            llm, info = llm_class(config).from_pretrained(
-                name_or_path, config=config, output_loading_info=True, **kwargs
+        remote = kwargs.get("trust_remote_code") and type(config) not in MODEL_MAPPING
+        with building(f"The LLM {name_or_path!r}", ValueError, OSError):
+            llm, info = (AutoModel if remote else llm_class(config)).from_pretrained(
+                name_or_path, config=config, **kwargs
             )
     except OSError as error:
         revision = f" (revision {kwargs['revision']})" if kwargs.get("revision") else ""
@@ -196,11 +244,19 @@ def slm_auto_class(config: PreTrainedConfig) -> Any:
     return auto_class
 
 
+def build_slm(config: PreTrainedConfig) -> PreTrainedModel:
+    """An SLM of this configuration, of transformers' own code, with new weights."""
+    auto_class = slm_auto_class(config)
+    with building(f"The SLM, a `{config.model_type}` model,"):
+        return auto_class.from_config(config, trust_remote_code=False)
+
+
 def load_slm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """Load the SLM with its LM head. Raises a `ValueError` if its checkpoint lacks weights."""
-    config = AutoConfig.from_pretrained(name_or_path, **location(kwargs, *REMOTE_CODE_ARGUMENTS))
+    config = load_config(name_or_path, kwargs, "slm")
     # An Auto class looks for an adapter first, and of what says where it passes only token and revision on to that.
-    place = {key: value for key, value in location(kwargs).items() if key not in ("token", "revision")}
+    place = {key: value for key, value in hub_place(kwargs).items() if key not in ("token", "revision")}
+    kwargs = {"trust_remote_code": False} | check_files(name_or_path, kwargs, "slm")
     slm, info = slm_auto_class(config).from_pretrained(
         name_or_path, config=config, output_loading_info=True, adapter_kwargs=place, **kwargs
     )

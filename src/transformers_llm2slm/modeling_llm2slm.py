@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -14,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .checkpoint import (
     attach_pretrained_llm,
     check_can_be_saved,
+    check_checkpoint,
     check_loaded,
     checkpoint_location,
     checkpoint_state_dict,
@@ -25,12 +27,11 @@ from .checkpoint import (
 from .composition import compose
 from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig
 from .llm_states import read_llm_states
-from .loading import HUB_ARGUMENTS, freeze, quantization_of, slm_auto_class, take_prefixed
+from .loading import HUB_ARGUMENTS, build_slm, freeze, quantization_of, take_prefixed
 from .outputs import LLM2SLMModelOutput, LLM2SLMOutput
 from .projector import LLM2SLMProjector
 from .prompt import LLM2SLMPrompt, check_labels, check_response_length, fuse, prompt_mask, without_prompt_length
 from .push import PushMixin
-from .reference import pin_revision
 from .remote_code import IncludesCode
 from .structure import (
     accepts,
@@ -42,6 +43,7 @@ from .structure import (
     move_padding,
     reader,
 )
+from .weight_files import building, load_compared
 
 
 # Models ------------------------------------------------------------------------------------------------------------------
@@ -57,6 +59,7 @@ class LLM2SLMPreTrainedModel(IncludesCode, PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _load_pretrained_model = staticmethod(load_compared)
 
     def _init_weights(self, module: nn.Module) -> None:
         # The SLM is a PreTrainedModel of its own and initialises itself, and so does the projector: of a model outside
@@ -110,7 +113,7 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
     def __init__(self, config: LLM2SLMConfig, slm: PreTrainedModel | None = None):
         super().__init__(config)
         self.projector = LLM2SLMProjector(config)
-        self.slm = slm_auto_class(config.slm_config).from_config(config.slm_config) if slm is None else slm
+        self.slm = build_slm(config.slm_config) if slm is None else slm
         if config.slm_encoder == "skip":
             drop_module(self.slm, self.slm.get_encoder(), "The SLM's encoder")
         join_tied_embeddings(self.slm)
@@ -395,18 +398,21 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMPreTrainedModel, Generat
                 `local_files_only` and `force_download` reach the LLM's loader too.
 
         Raises:
-            ValueError: for a checkpoint that lacks weights, or an LLM that is not the one it was trained with.
-            OSError: if the checkpoint or its LLM can't be reached.
+            ValueError: for a checkpoint that is not sound or lacks weights, or an LLM that is not the one it was trained with.
+            OSError: if the checkpoint or its LLM can't be reached, or has no safetensors.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         llm_kwargs = take_prefixed(kwargs, "llm_")
-        if pretrained_model_name_or_path is not None:  # else the caller gives a configuration and a state dict
-            pin_revision(os.fspath(pretrained_model_name_or_path), kwargs)
+        finds_llm = load_llm and llm_model is None and "name_or_path" not in llm_kwargs
+        check_checkpoint(pretrained_model_name_or_path, kwargs, finds_llm)
         hub = {key: kwargs[key] for key in ("revision", "subfolder", "device_map") if kwargs.get(key) is not None}
         hub |= {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        # Weights of another shape are told by `check_loaded`.
+        kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        with building(
+            f"The model of {str(pretrained_model_name_or_path)!r}", ValueError, OSError, StrictDataclassError
+        ):
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         check_loaded(pretrained_model_name_or_path, info)
         model.checkpoint_location = checkpoint_location(model, pretrained_model_name_or_path, hub)
         if load_llm:

@@ -23,6 +23,7 @@ from .loading import HUB_ARGUMENTS, llm_position_limit, location, take_prefixed
 from .reference import pin_revision
 from .remote_code import PROCESSOR_AUTO_MAP, IncludesCode, code_included, save_code
 from .structure import position_limit
+from .validation import check_processor
 
 # Subfolders of the tokenizers where there are two. Where there is one, it lies at the root, as in any other repository.
 SLM_TOKENIZER_SUBFOLDER = "slm_tokenizer"
@@ -184,6 +185,7 @@ class LLM2SLMProcessor(IncludesCode, ProcessorMixin):
                 "says which tokens LLM and SLM get. Save the processor beside the model, `processor.save_pretrained(...)`, "
                 f"or make it anew: `{cls.__name__}.from_llm_slm_pretrained(llm, slm)`."
             )
+        check_processor(processor_dict)
         root = kwargs.pop("subfolder", "")
         kwargs = location(kwargs, "trust_remote_code")
         folders = ["", ""]
