@@ -79,15 +79,21 @@ trainer = CardTrainer(model, args, train_dataset=rows, data_collator=collator, p
 trainer.train()
 trainer.push_to_hub(dataset="org/rows", license="mit")
 note("trainer", "owner/trained")
-print(json.dumps([cards, warnings]))
+
+held = []
+model.config.llm_name_or_path = "org/llm"
+for size in ("50KB", "50GB", "50KB"):
+    model.push_to_hub("owner/resharded", max_shard_size=size)
+    held.append([file for file in api.list_repo_files("owner/resharded") if "safetensors" in file])
+print(json.dumps([cards, warnings, held]))
 """
 
 
 @pytest.fixture(scope="module")
 def pushed(
     hub: HubServer, zoo: Zoo, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, str], list[str], str]:
-    """The cards that a person and a model's pushes make one after another, the warnings, and the local LLM's folder."""
+) -> tuple[dict[str, str], list[str], list[list[str]], str]:
+    """The cards that a person and a model's pushes make one after another, warnings, weights, and the local LLM's folder."""
     llm, slm = zoo.sources(Pair("t5", "t5", "add"))
     for name, folder, license in (("org/llm", llm, "apache-2.0"), ("org/slm", slm, "mit")):
         hub.create(name)
@@ -127,7 +133,7 @@ def test_later_pushes_keep_what_a_person_wrote(pushed: tuple) -> None:
 
 
 def test_a_local_card_is_what_a_new_repository_gets(pushed: tuple) -> None:
-    cards, warnings, llm = pushed
+    cards, warnings, _, llm = pushed
     card = ModelCard(cards["local"])
     assert "It dances." in card.text and card.data.license == "mit" and "owner/local" in card.text
     assert len(warnings) == 1 and "names its LLM by a folder of this machine" in warnings[0]
@@ -140,3 +146,9 @@ def test_a_trainer_pushes_our_card(pushed: tuple) -> None:
     assert (card.data.datasets, card.data.license) == (["org/rows"], "mit")
     assert "- steps: 1\n" in card.text and 'model="owner/trained"' in card.text
     assert "- Weights of this checkpoint: " in card.text and "generated_from_trainer" not in str(card)
+
+
+def test_weights_of_an_earlier_push_go(pushed: tuple) -> None:
+    """In other files, they would be loaded in the place of the newer ones."""
+    shards, whole, again = pushed[2]
+    assert whole == ["model.safetensors"] and shards == again and "model.safetensors.index.json" in shards

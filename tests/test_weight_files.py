@@ -14,6 +14,7 @@ from transformers import AutoModel
 
 from transformers_llm2slm import LLM2SLMForConditionalGeneration, lora_config
 from transformers_llm2slm.validation import check_weight_index
+from transformers_llm2slm.weight_files import stale_weights
 
 load = LLM2SLMForConditionalGeneration.from_pretrained
 PAIR = Pair("llama", "t5", "replace")
@@ -39,10 +40,7 @@ def pickle_weights(folder, name="pytorch_model.bin"):
 
 
 def unsharded(checkpoint):
-    model = load(checkpoint)
-    for file in checkpoint.glob("*.safetensors*"):
-        file.unlink()
-    model.save_pretrained(checkpoint)
+    load(checkpoint).save_pretrained(checkpoint)
 
 
 def test_only_safetensors_are_written(folders, tmp_path):
@@ -50,6 +48,38 @@ def test_only_safetensors_are_written(folders, tmp_path):
     model.save_pretrained(tmp_path / "saved", save_llm=True, safe_serialization=False)
     endings = {file.suffix for file in (tmp_path / "saved").rglob("*") if file.is_file()}
     assert endings == {".json", ".safetensors"}
+
+
+def test_weights_of_an_earlier_save_go(folders):
+    """Saved in one file over shards, and in shards over one file: the others would be read, or fill the disk."""
+    checkpoint = folders[2]
+    model = load(checkpoint)
+    (checkpoint / "model_of_mine.safetensors").write_bytes(b"")
+    sharded = {file.name for file in checkpoint.glob("model-*")}
+    assert len(sharded) > 2
+    with torch.no_grad():
+        model.projector.layers[0].bias.add_(1)
+    model.save_pretrained(checkpoint)
+    assert {file.name for file in checkpoint.glob("model*")} == {"model.safetensors", "model_of_mine.safetensors"}
+    assert torch.equal(load(checkpoint).projector.layers[0].bias, model.projector.layers[0].bias)
+    model.save_pretrained(checkpoint, max_shard_size="100kB")
+    index = {"model.safetensors.index.json", "model_of_mine.safetensors"}
+    assert {file.name for file in checkpoint.glob("model*")} == sharded | index
+
+
+def test_weights_that_are_there_twice_are_refused(folders):
+    checkpoint = folders[2]
+    shutil.copy(next(iter(checkpoint.glob("model-*"))), checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match="holds weights twice, in 'model.safetensors' and in the shards of .* Delete"):
+        load(checkpoint)
+
+
+def test_stale_weights():
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    held = [*shards, "model.safetensors", "model.fp16.safetensors", "llm/model.safetensors", "README.md"]
+    assert stale_weights(held, ["model.safetensors", "config.json"]) == shards
+    assert stale_weights(held, [*shards, "config.json"]) == ["model.safetensors"]
+    assert stale_weights(held, ["config.json"]) == []  # nothing of weights was written
 
 
 def test_pickles_are_refused(folders, monkeypatch):

@@ -69,7 +69,12 @@ def metric_name(name: str) -> str:
 
 # Licences of the base models ---------------------------------------------------------------------------------------------
 def license_of(
-    name_or_path: str | None, revision: str | None = None, *, online: bool = False, token: str | bool | None = None
+    name_or_path: str | None,
+    revision: str | None = None,
+    *,
+    online: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> str | None:
     """
     The licence that a model's own card states: a local folder's, the cached one, or (`online`) the Hub's, which is cached.
@@ -81,7 +86,7 @@ def license_of(
     if name_or_path is None:
         return None
     try:
-        metadata = _card_metadata(name_or_path, revision, online, token)
+        metadata = _card_metadata(name_or_path, revision, online, token, cache_dir)
     except (OSError, ValueError, HTTPError, yaml.YAMLError) as error:
         logger.info(f"The licence of {name_or_path!r} is not known: {error}")
         return None
@@ -92,7 +97,11 @@ def license_of(
 
 
 def _card_metadata(
-    name_or_path: str, revision: str | None, online: bool, token: str | bool | None
+    name_or_path: str,
+    revision: str | None,
+    online: bool,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike | None,
 ) -> Mapping[str, Any]:
     folder = Path(name_or_path)
     if folder.is_dir():
@@ -100,9 +109,10 @@ def _card_metadata(
         return ModelCard.load(card, ignore_metadata_errors=True).data.to_dict() if card.is_file() else {}
     if not is_hub_id(name_or_path):
         return {}
-    card_file = try_to_load_from_cache(name_or_path, CARD_NAME, revision=revision)
+    place = {"revision": revision, "cache_dir": cache_dir}
+    card_file = try_to_load_from_cache(name_or_path, CARD_NAME, **place)
     if card_file is None and online and not is_offline_mode():
-        card_file = hf_hub_download(name_or_path, CARD_NAME, revision=revision, token=token)
+        card_file = hf_hub_download(name_or_path, CARD_NAME, token=token, **place)
     if not isinstance(card_file, str):  # the cache also knows of files that do not exist
         return {}
     return ModelCard.load(card_file, ignore_metadata_errors=True).data.to_dict()

@@ -125,6 +125,7 @@ def compose(
     model.generation_config = _with_pad_token(generation_config)
     model.model.attach_llm(llm_model)
     model.name_or_path = ""
+    model.checkpoint_location = {"cache_dir": shared["cache_dir"]} if "cache_dir" in shared else {}
     if fit_prompts and projector_init == "fit":
         from .fit import fit_projector
 

@@ -118,7 +118,7 @@ def write_model_card(
     repository = repo_id or repository or directory.resolve().name
     base_models = [base_model] if isinstance(base_model, str) else list(base_model or ())
     dataset = dataset or _trained_on(records)
-    texts = _model_texts(model, directory, base_models, _licenses(model.config, base_models, online, token))
+    texts = _model_texts(model, directory, base_models, _licenses(model, base_models, online, token))
     texts["usage"] = _usage(model.config, directory, base_models, repository, example or prompt or "Your prompt")
     texts["data"] = card_text.data_text(dataset) if dataset else ""
     texts |= _measured_texts(records, training or _training(records), metrics, speed, notes or {})
@@ -329,16 +329,21 @@ def _training(records: Sequence[Record]) -> Mapping[str, Any]:
 
 
 def _licenses(
-    config: LLM2SLMConfig, base_models: Sequence[str], online: bool, token: str | bool | None
+    model: LLM2SLMForConditionalGeneration, base_models: Sequence[str], online: bool, token: str | bool | None
 ) -> list[str | None]:
     """The licences of LLM and SLM, by their own cards: where they lie here, else on the Hub."""
-    found = []
+    config, found = model.config, []
+    place: dict[str, Any] = {
+        "online": online,
+        "token": token,
+        "cache_dir": model.checkpoint_location.get("cache_dir"),
+    }
     for index, (name, revision) in enumerate(
         zip(source_names(config), (config.llm_revision, config.slm_revision), strict=True)
     ):
-        license = license_of(name, revision, online=online, token=token)
+        license = license_of(name, revision, **place)
         if license is None and index < len(base_models):
-            license = license_of(base_models[index], online=online, token=token)
+            license = license_of(base_models[index], **place)
         found.append(license)
     return found
 

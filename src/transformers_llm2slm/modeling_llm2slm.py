@@ -43,7 +43,7 @@ from .structure import (
     move_padding,
     reader,
 )
-from .weight_files import building, load_compared
+from .weight_files import building, load_compared, replacing_weights
 
 
 # Models ------------------------------------------------------------------------------------------------------------------
@@ -444,7 +444,8 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMPreTrainedModel, Generat
             self.llm.save_pretrained(os.path.join(save_directory, LLM_SUBFOLDER), save_original_format=original)
         if (state_dict := kwargs.get("state_dict")) is not None:
             kwargs["state_dict"] = checkpoint_state_dict(self, state_dict)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with replacing_weights(save_directory):
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     # Reading and writing ---------------------------------------------------------------------------------------------
     def encode_prompt(self, *args: Any, **kwargs: Any) -> LLM2SLMPrompt:

@@ -1,17 +1,24 @@
-"""What a push of a model takes along beside what it has just saved: its model card, and an LLM that was asked for."""
+"""What a push of a model does beside uploading what was just saved: its card, an LLM that was asked for, stale weights."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import HfApi
+
 from .configuration_llm2slm import LLM_SUBFOLDER
+from .weight_files import stale_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _PreTrainedModel
 else:
     _PreTrainedModel = object
+
+logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 
@@ -58,4 +65,17 @@ class PushMixin(_PreTrainedModel):
         else:
             local_card = getattr(files_timestamps, "card", None)
             update_pushed_card(self, working_dir, repo_id, token=kwargs.get("token"), local_card=local_card)
-        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
+        commit = super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
+        if not kwargs.get("create_pr"):
+            now = super()._get_files_timestamps(working_dir)
+            written = [name for name, time in now.items() if time > files_timestamps.get(name, float("-inf"))]
+            delete_stale_weights(repo_id, written, kwargs.get("revision"), kwargs.get("token"))
+        return commit
+
+
+def delete_stale_weights(repo_id: str, written: Sequence[str], revision: str | None, token: str | bool | None) -> None:
+    """Delete what an earlier push left of weights in other files: whoever loads would be given those, or refused."""
+    api = HfApi(token=token)
+    if stale := stale_weights(api.list_repo_files(repo_id, revision=revision), written):
+        logger.info(f"Deleting weights of an earlier push to {repo_id}: {', '.join(stale)}")
+        api.delete_files(repo_id, stale, revision=revision, commit_message="Delete weights of an earlier push")

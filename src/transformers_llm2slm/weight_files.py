@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,6 +24,8 @@ from .validation import check_memory, check_weight_index
 
 # What reads these runs whatever they say (torch.load, with or without `weights_only`), or is not read at all.
 _PICKLES = re.compile(r"(pytorch_model|model|adapter_model)[\w.-]*\.(bin|pt|pth|ckpt|pkl)(\.index\.json)?")
+# What `save_pretrained` writes, in one file or several.
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 # What transformers would take before `model.safetensors`, and without comparing it to the model.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
@@ -54,6 +57,12 @@ def check_weight_files(name_or_path: str, accept: str, variant: str | None = Non
     index = _found(name_or_path, files[1], place)
     if index is not None:
         check_weight_index(_json(index), files[1])
+        # A base model's files are as its makers want them; which of them an LLM is, its fingerprint tells.
+        if not accept and _exists(name_or_path, files[0], place):
+            raise ValueError(
+                f"{name_or_path!r} holds weights twice, in {files[0]!r} and in the shards of {files[1]!r}, and nothing says which "
+                "are the newer. Delete the others, or save the model again into an empty place."
+            )
         return
     if _found(name_or_path, files[0], place | {"force_download": False}) is not None:  # transformers will, once
         return
@@ -77,6 +86,40 @@ def _found(name_or_path: str, file: str, place: dict[str, Any]) -> str | None:
         raise
     except Exception as error:  # of the HTTP client: a connection that was cut, for one
         raise OSError(f"{file!r} of {name_or_path!r} can't be downloaded: {error!r}") from error
+
+
+def _exists(name_or_path: str, file: str, place: dict[str, Any]) -> bool:
+    """Whether a repository holds a file, which is not downloaded; offline, whether the cache does."""
+    path = "/".join(part for part in (place.get("subfolder"), file) if part)
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path, path).is_file()
+    revision = place.get("revision")
+    known = {"revision": getattr(revision, "resolved", revision)}
+    found = try_to_load_from_cache(name_or_path, path, cache_dir=place.get("cache_dir"), **known)
+    if found is None and not (place.get("local_files_only") or is_offline_mode()):
+        return HfApi(token=place.get("token")).file_exists(name_or_path, path, **known)
+    return isinstance(found, str)  # the cache also knows of files that do not exist
+
+
+def stale_weights(held: Iterable[str], written: Iterable[str]) -> list[str]:
+    """Of the files that a folder or repository holds, earlier weights that those just `written` have not replaced."""
+    weights = {file for file in written if _WEIGHTS.fullmatch(file)}
+    return sorted(file for file in held if _WEIGHTS.fullmatch(file) and file not in weights) if weights else []
+
+
+@contextmanager
+def replacing_weights(folder: str | os.PathLike) -> Iterator[None]:
+    """While this lasts, weights are saved to a folder; those of an earlier save, in other files, are deleted at its end."""
+
+    def stamps() -> dict[str, int]:
+        files = Path(folder).glob("model*.safetensors*")
+        return {file.name: file.stat().st_mtime_ns for file in files}
+
+    before = stamps()
+    yield
+    after = stamps()
+    for name in stale_weights(after, (name for name in after if after[name] != before.get(name))):
+        Path(folder, name).unlink()
 
 
 def _with_variant(file: str, variant: str | None) -> str:
