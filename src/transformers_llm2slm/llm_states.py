@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,25 +84,79 @@ def _layer_inputs(
     body: nn.Module, layers: Sequence[int], num_layers: int, inputs: dict[str, Any]
 ) -> list[torch.Tensor] | None:
     """What the modules at `layers` are given, in a pass that ends at the highest; `None` where they can't be found."""
-    try:
-        blocks = body.get_submodule(layer_list(body, num_layers))
-    except ValueError:
-        return None
     states: dict[int, torch.Tensor] = {}
-    hooks = []
-    for layer in set(layers):
 
-        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
-            states[layer] = args[0] if args else kwargs["hidden_states"]
-            if layer == max(layers):
-                raise _LayerReached
+    def take(layer: int, state: torch.Tensor) -> None:
+        states[layer] = state
+        if layer == max(layers):
+            raise _LayerReached
 
-        hooks.append(blocks[layer].register_forward_pre_hook(record, with_kwargs=True))  # type: ignore[index]
     try:
-        body(**inputs)
+        with _hooks(body, layers, num_layers, take):
+            body(**inputs)
     except _LayerReached:
         return [states[layer] for layer in layers]
+    except LayersNotFound:
+        pass
+    return None
+
+
+class LayersNotFound(ValueError):
+    """Raised for a model whose layers can't be told from its other parts."""
+
+
+@contextmanager
+def _hooks(
+    body: nn.Module, layers: Sequence[int], num_layers: int | None, take: Callable[[int, torch.Tensor], None]
+) -> Iterator[None]:
+    """Hand the states at `layers` (-1 or `num_layers` for the last) to `take`, in every pass inside of the block."""
+    last = set(layers) & {-1, num_layers}
+    hooks = []
+    try:
+        if others := set(layers) - last:
+            try:
+                blocks = list(body.get_submodule(layer_list(body, num_layers or 0)).children())
+            except ValueError as error:
+                raise LayersNotFound(str(error)) from error
+        for layer in others:
+
+            def give_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
+                take(layer, args[0] if args else kwargs["hidden_states"])
+
+            hooks.append(blocks[layer].register_forward_pre_hook(give_input, with_kwargs=True))
+
+        def give_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            for layer in last:
+                take(layer, output.last_hidden_state)
+
+        hooks.append(body.register_forward_hook(give_output))
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    return None
+
+
+@contextmanager
+def recorded_states(body: nn.Module, layers: Sequence[int], num_layers: int | None) -> Iterator[list[torch.Tensor]]:
+    """
+    The states of a model at some of its layers, from the first pass that somebody else makes inside of the block.
+
+    Args:
+        body, layers, num_layers: As for [`hidden_states`].
+
+    Returns:
+        A list that is empty until then, and holds a tensor of shape `(batch_size, sequence_length, hidden_size)` for each
+        of `layers` afterwards.
+    """
+    if num_layers is not None:
+        layers = [layer % (num_layers + 1) for layer in layers]
+    states: dict[int, torch.Tensor] = {}
+    recorded: list[torch.Tensor] = []
+
+    def take(layer: int, state: torch.Tensor) -> None:
+        states.setdefault(layer, state)
+        if not recorded and states.keys() == set(layers):
+            recorded.extend(states[layer] for layer in layers)
+
+    with _hooks(body, layers, num_layers, take):
+        yield recorded
