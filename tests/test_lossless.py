@@ -1,0 +1,214 @@
+"""Lossless mode: the output is the LLM's own, whatever the SLM drafts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import PROMPTS, Pair
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LogitsProcessorList
+
+from transformers_llm2slm import LLM2SLMForConditionalGeneration
+from transformers_llm2slm.lossless import MAX_DRAFT, best_draft_length, generate_lossless, writing_parameters
+
+# Both kinds of LLM with both kinds of SLM; every fusion; encoder kept and skipped; sliding windows; layers below the last.
+LOSSLESS_PAIRS = [
+    Pair("t5", "t5", "add"),
+    Pair("bart", "qwen3", "replace"),
+    Pair("t5gemma", "gemma3", "add"),
+    Pair("t5", "gpt2", "align"),
+    Pair("llama", "t5", "replace", (("slm_encoder", "skip"), ("llm_layer", 2))),
+    Pair("gpt2", "gpt-neo", "add", (("projector_num_layers", 3),)),
+    Pair("gemma3", "mistral", "llm-embed", (("llm_layer", (1, -1)),)),
+    Pair("qwen3", "qwen3", "align", (("projector_num_layers", 1),)),
+]
+
+
+def whole_llm(zoo, pair):
+    source = zoo.sources(pair)[0]
+    seq2seq = AutoConfig.from_pretrained(source).is_encoder_decoder
+    return (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(source).eval()
+
+
+def own_output(llm, ids, **kwargs):
+    """What the LLM itself writes, without the prompt."""
+    sequences = llm.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)
+    return sequences if llm.config.is_encoder_decoder else sequences[:, ids.shape[1] :]
+
+
+def nearly_the_llm(llm, noise):
+    """An LLM-to-SLM model whose SLM has all layers of the LLM, and so drafts what it writes, but for some noise."""
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+        copy.deepcopy(llm), slm_layers=llm.config.num_hidden_layers, fusion="replace"
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.slm.parameters():
+            parameter.add_(noise * torch.randn_like(parameter) * parameter.std())
+    return model
+
+
+@pytest.mark.parametrize("pair", LOSSLESS_PAIRS, ids=str)
+@pytest.mark.parametrize("draft_length", [None, 3])
+def test_greedy_output_is_the_llms_own(zoo, pair, draft_length):
+    model, processor = zoo.compose(pair)
+    llm = whole_llm(zoo, pair)
+    for prompt in PROMPTS:
+        batch = processor(text=[prompt], return_tensors="pt")
+        expected = own_output(llm, batch["input_ids"], max_new_tokens=16, min_new_tokens=12, do_sample=False)
+        options = {} if draft_length is None else {"num_assistant_tokens": draft_length}
+        written = generate_lossless(
+            model, llm, batch, max_new_tokens=16, min_new_tokens=12, do_sample=False, **options
+        )
+        assert torch.equal(written, expected)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 1.0])
+def test_drafts_that_are_mostly_accepted(zoo, noise):
+    """Equal for every quality of the drafts, and the better they are, the fewer passes of the LLM it takes."""
+    llm = whole_llm(zoo, Pair("llama", "llama", "add"))
+    model = nearly_the_llm(llm, noise)
+    passes = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        ids = torch.randint(5, 90, (1, 9))
+        expected = own_output(llm, ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+        count = []
+        hook = llm.register_forward_hook(lambda *_, count=count: count.append(1))
+        written = generate_lossless(
+            model, llm, {"input_ids": ids}, max_new_tokens=24, min_new_tokens=24, do_sample=False,
+            num_assistant_tokens=4, return_dict_in_generate=True,
+        )  # fmt: skip
+        hook.remove()
+        assert torch.equal(written.sequences, expected)
+        assert len(count) == 24 - written.num_accepted
+        passes.append(len(count))
+    assert {0.0: passes == [1 + 5] * 8, 0.1: sum(passes) < 8 * 20, 1.0: sum(passes) > 8 * 20}[noise]
+
+
+@pytest.mark.parametrize("pair", [LOSSLESS_PAIRS[0], LOSSLESS_PAIRS[4]], ids=str)
+def test_everything_is_read_once(zoo, pair):
+    """The LLM's encoder (or its pass over the prompt) serves LLM and projector, and the SLM's encoder runs once too."""
+    model, processor = zoo.compose(pair)
+    llm = whole_llm(zoo, pair)
+    runs = {"llm": [], "own llm": [], "slm encoder": []}
+    reading = llm.get_encoder() if llm.config.is_encoder_decoder else llm.base_model
+
+    def count(name, module):
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: runs[name].append((args[0] if args else kwargs["input_ids"]).shape[1]),
+            with_kwargs=True,
+        )
+
+    count("llm", reading)
+    model.llm.register_forward_pre_hook(lambda *_: runs["own llm"].append(1))
+    if model.config.slm_encoder == "keep":
+        model.slm.get_encoder().register_forward_pre_hook(lambda *_: runs["slm encoder"].append(1))
+    batch = processor(text=[PROMPTS[0]], return_tensors="pt")
+    generate_lossless(model, llm, batch, max_new_tokens=8, min_new_tokens=8, do_sample=False, num_assistant_tokens=2)
+    length = batch["input_ids"].shape[1]
+    assert runs["own llm"] == [] and len(runs["slm encoder"]) <= 1
+    if llm.config.is_encoder_decoder:
+        assert runs["llm"] == [length]
+    else:
+        assert runs["llm"][0] == length and max(runs["llm"][1:]) <= 3
+
+
+def chi_square(counts, probabilities):
+    expected = probabilities * counts.sum()
+    return ((counts - expected) ** 2 / expected).sum().item()
+
+
+def test_samples_are_the_llms_own():
+    """The second and third tokens of many samples have the LLM's distribution, not the SLM's that they were drafted by."""
+    size, num_samples = 6, 800
+    make = LlamaConfig(
+        vocab_size=size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(AutoModelForCausalLM.from_config(make).eval())
+        for parameter in models[-1].parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.35)
+    llm, slm = models
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(copy.deepcopy(llm), slm, fusion="replace")
+    ids = torch.tensor([[1, 2, 3]])
+
+    @torch.no_grad()
+    def marginals():
+        first = llm(ids).logits[0, -1].softmax(-1)
+        after_one = llm(torch.cat([ids.repeat(size, 1), torch.arange(size)[:, None]], 1)).logits[:, -1].softmax(-1)
+        pairs = torch.cartesian_prod(torch.arange(size), torch.arange(size))
+        after_two = llm(torch.cat([ids.repeat(len(pairs), 1), pairs], 1)).logits[:, -1].softmax(-1)
+        joint = first[:, None] * after_one
+        return joint.sum(0), (joint.reshape(-1, 1) * after_two).sum(0)
+
+    torch.manual_seed(7)
+    samples = torch.cat(
+        [
+            generate_lossless(
+                model, llm, {"input_ids": ids}, max_new_tokens=3, do_sample=True, num_assistant_tokens=2,
+                top_k=0,
+            )
+            for _ in range(num_samples)
+        ]
+    )  # fmt: skip
+    for position, probabilities in zip((1, 2), marginals(), strict=True):
+        counts = torch.bincount(samples[:, position], minlength=size).float()
+        # Five degrees of freedom: beyond 25.7 in one of ten thousand runs.
+        assert chi_square(counts, probabilities) < 25.7
+        uniform = torch.full((size,), 1 / size)
+        assert chi_square(counts, uniform) > 25.7  # the test can tell distributions apart
+
+
+def test_draft_length_follows_acceptance():
+    """Theorem 3.8 of the paper: never accepted, one; always accepted and cheap, as long as may be."""
+    assert best_draft_length(0.0, 0.1) == 1
+    assert best_draft_length(1.0, 0.01) == MAX_DRAFT
+    assert best_draft_length(0.8, 1.0) == 1
+    lengths = [best_draft_length(rate / 10, 0.1) for rate in range(11)]
+    assert lengths == sorted(lengths) and lengths[7] in (3, 4, 5)
+
+
+def test_parameters_that_a_step_reads(zoo):
+    """Embeddings are looked up, not read; a head that is tied to them is read."""
+    llm = whole_llm(zoo, Pair("llama", "llama", "add"))
+    layers = sum(p.numel() for p in llm.model.layers.parameters()) + llm.model.norm.weight.numel()
+    assert writing_parameters(llm) == layers + llm.lm_head.weight.numel()
+    t5 = whole_llm(zoo, Pair("t5", "t5", "add"))
+    decoder = sum(p.numel() for name, p in t5.decoder.named_parameters() if "embed_tokens" not in name)
+    assert writing_parameters(t5) == decoder + t5.lm_head.weight.numel()
+
+
+def test_logits_processors_shape_drafts_and_output(zoo):
+    """A processor that forbids most tokens is obeyed, and drafts that obey it too are accepted."""
+    llm = whole_llm(zoo, Pair("llama", "llama", "add"))
+    model = nearly_the_llm(llm, 0.0)
+
+    def only_even(input_ids, scores):
+        return scores.masked_fill(torch.arange(scores.shape[-1]) % 2 == 1, float("-inf"))
+
+    options = {"max_new_tokens": 12, "do_sample": False, "logits_processor": LogitsProcessorList([only_even])}
+    ids = torch.tensor([[5, 6, 7]])
+    expected = own_output(llm, ids, **options)
+    written = generate_lossless(
+        model, llm, {"input_ids": ids}, num_assistant_tokens=4, return_dict_in_generate=True, **options
+    )
+    assert torch.equal(written.sequences, expected) and bool((expected % 2 == 0).all())
+    assert written.num_accepted == written.num_drafted > 0
+
+
+def test_padding_of_the_one_prompt_is_left_out(zoo):
+    model, processor = zoo.compose(LOSSLESS_PAIRS[4])
+    llm = whole_llm(zoo, LOSSLESS_PAIRS[4])
+    ids = processor(text=[PROMPTS[0]], return_tensors="pt")["input_ids"]
+    padded = {
+        "input_ids": torch.cat([torch.ones_like(ids[:, :2]), ids, torch.ones_like(ids[:, :3])], dim=1),
+        "attention_mask": torch.tensor([[0] * 2 + [1] * ids.shape[1] + [0] * 3]),
+    }
+    expected = own_output(llm, ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(generate_lossless(model, llm, padded, max_new_tokens=8, do_sample=False), expected)
