@@ -7,7 +7,14 @@ import copy
 import pytest
 import torch
 from conftest import PROMPTS, Pair
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LogitsProcessorList
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    LogitsProcessorList,
+)
 
 from transformers_llm2slm import LLM2SLMForConditionalGeneration
 from transformers_llm2slm.lossless import MAX_DRAFT, best_draft_length, generate_lossless, writing_parameters
@@ -212,3 +219,76 @@ def test_padding_of_the_one_prompt_is_left_out(zoo):
     }
     expected = own_output(llm, ids, max_new_tokens=8, do_sample=False)
     assert torch.equal(generate_lossless(model, llm, padded, max_new_tokens=8, do_sample=False), expected)
+
+
+# Through the public surface ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("pair", [LOSSLESS_PAIRS[0], LOSSLESS_PAIRS[4]], ids=str)
+def test_generate_of_a_loaded_checkpoint(zoo, tmp_path, pair):
+    """`load_llm="whole"` and `mode="lossless"`; a checkpoint stays as slim as ever, and a self-contained one holds it all."""
+    model, processor = zoo.compose(pair)
+    model.save_pretrained(tmp_path / "slim")
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "slim", load_llm="whole")
+    batch = processor(text=[PROMPTS[0]], return_tensors="pt")
+    options = {"max_new_tokens": 10, "do_sample": False}
+    expected = own_output(whole_llm(zoo, pair), batch["input_ids"], **options)
+    assert torch.equal(loaded.generate(**batch, mode="lossless", **options), expected)
+    assert torch.equal(loaded.generate(**batch, **options), model.generate(**batch, **options))
+    written = loaded.generate(**batch, mode="lossless", return_dict_in_generate=True, **options)
+    assert 0 <= written.num_accepted <= written.num_drafted
+
+    assert not any(parameter.requires_grad for parameter in loaded.model.whole_llm.parameters())
+    assert not loaded.train().model.whole_llm.training
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    loaded.save_pretrained(tmp_path / "again")
+    size = (tmp_path / "again" / "model.safetensors").stat().st_size
+    assert size == (tmp_path / "slim" / "model.safetensors").stat().st_size
+    loaded.save_pretrained(tmp_path / "all", save_llm=True)
+    alone = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "all", load_llm="whole")
+    assert torch.equal(alone.generate(**batch, mode="lossless", **options), expected)
+
+
+def test_generate_of_a_composed_model(zoo):
+    """By name, from a model in memory, and with an SLM that is cut from the LLM."""
+    llm, slm = zoo.sources(LOSSLESS_PAIRS[4])
+    whole = whole_llm(zoo, LOSSLESS_PAIRS[4])
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = own_output(whole, ids, max_new_tokens=8, do_sample=False)
+    compose = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained
+    for model in (
+        compose(llm, slm, fusion="replace", load_llm="whole"),
+        compose(whole, slm, fusion="replace", load_llm="whole"),
+        compose(llm, slm_layers=2, load_llm="whole"),
+        compose(llm, slm_layers=2, load_llm="whole", llm_dtype="float32"),
+    ):
+        written = model.generate(input_ids=ids, mode="lossless", max_new_tokens=8, do_sample=False)
+        assert torch.equal(written, expected)
+
+
+def test_lossless_errors(zoo, tmp_path):
+    pair = LOSSLESS_PAIRS[4]
+    llm, slm = zoo.sources(pair)
+    model, processor = zoo.compose(pair)
+    batch = processor(text=PROMPTS[:2], padding=True, return_tensors="pt")
+    with pytest.raises(
+        ValueError, match='this model holds the part of it that reads. Load the model with `load_llm="whole"`'
+    ):
+        model.generate(**batch, mode="lossless")
+    with pytest.raises(ValueError, match="`mode` must be one of 'hybrid', 'lossless', got 'fast'"):
+        model.generate(**batch, mode="fast")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`load_llm` must be one of True, False, 'whole', got 'all'"):
+        AutoModelForSeq2SeqLM.from_pretrained(tmp_path, load_llm="all")
+    whole = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, load_llm="whole")
+    with pytest.raises(ValueError, match="takes one prompt at a time, got 2"):
+        whole.generate(**batch, mode="lossless")
+    with pytest.raises(ValueError, match="pass `input_ids`, not what it has read"):
+        whole.generate(prompt=whole.encode_prompt(**batch), mode="lossless")
+    one = {key: value[:1] for key, value in batch.items()}
+    with pytest.raises(ValueError, match="without beams, got `num_beams=2`"):
+        whole.generate(**one, mode="lossless", num_beams=2, max_new_tokens=4)
+    body = AutoModel.from_pretrained(llm)
+    with pytest.raises(ValueError, match="A LlamaModel can't verify what the SLM drafts: it has no LM head"):
+        AutoModelForSeq2SeqLM.from_pretrained(tmp_path, load_llm="whole", llm_model=body)
+    bert = zoo.sources(Pair("bert", "t5", "replace"))
+    with pytest.raises(ValueError, match="does not hold the whole LLM BertLMHeadModel: missing cls"):
+        LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(*bert, fusion="replace", load_llm="whole")

@@ -24,6 +24,7 @@ from .loading import (
     HUB_ARGUMENTS,
     RAM_EFFICIENT_LOADING,
     adopt_llm,
+    check_writes,
     hub_place,
     load_config,
     load_llm,
@@ -39,21 +40,21 @@ if TYPE_CHECKING:
 
 def is_checkpoint_key(name: str) -> bool:
     """Whether a checkpoint holds this key of [`LLM2SLMModel`]: projector and SLM are held, the LLM is only named."""
-    return not name.startswith("llm.")
+    return not name.startswith(("llm.", "whole_llm."))
 
 
 @contextmanager
 def llm_left_out(module: LLM2SLMModel) -> Iterator[None]:
     """`module` without its LLM, which is not even visited: 4-bit weights are rewritten when their state dict is asked for."""
-    llm = module.llm
+    llm, whole = module.llm, module.whole_llm
     # accelerate has put the model on the meta device and asks which weights to fill it with.
     if llm is not None and all(next(part.parameters()).is_meta for part in (llm, module.slm)):
         raise ValueError(RAM_EFFICIENT_LOADING)
-    module.llm = None
+    module.llm = module.whole_llm = None
     try:
         yield
     finally:
-        module.llm = llm
+        module.llm, module.whole_llm = llm, whole
 
 
 def keep_first_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -180,6 +181,7 @@ def attach_pretrained_llm(
     llm_model: PreTrainedModel | None,
     llm_kwargs: dict[str, Any],
     hub: dict[str, Any],
+    whole: bool,
 ) -> None:
     """
     Load the LLM that a checkpoint names (or holds), check that it is the one, and attach it.
@@ -190,11 +192,13 @@ def attach_pretrained_llm(
         llm_model: The LLM, if it is in memory already.
         llm_kwargs: The caller's `llm_*` arguments, without the prefix.
         hub: The caller's arguments for the checkpoint that concern the LLM too.
+        whole: Whether to keep the LLM with its LM head, for lossless generation.
     """
     config = model.config
     check = llm_kwargs.pop("check_fingerprint", True)
     if llm_model is not None:
         check_llm_config(config, llm_model.config, "the model in memory")
+        loaded = llm_model
         llm = adopt_llm(llm_model)
         if check:
             # What is not exact in memory is known by its files only.
@@ -222,11 +226,12 @@ def attach_pretrained_llm(
         arguments["dtype"] = config.llm_dtype or "auto"
         arguments |= llm_kwargs
         arguments = {key: value for key, value in arguments.items() if value not in (None, "")}
-        llm = _load_checked(config, name, arguments, "quantization_config" not in llm_kwargs)
+        loaded = _load_checked(config, name, arguments, "quantization_config" not in llm_kwargs, whole)
+        llm = adopt_llm(loaded) if whole else loaded
         # The files of a checkpoint's own LLM hold it as it was in memory, rounded or quantised.
         if check and (is_exact(llm) or not own):
             check_llm_weights(config, llm, name, arguments)
-    model.model.attach_llm(llm)
+    model.model.attach_llm(llm, check_writes(loaded) if whole else None)
     config.llm_dtype, config.llm_quantization_config = llm.dtype, quantization_of(llm)
 
 
@@ -252,7 +257,7 @@ def record_llm_precision(config: LLM2SLMConfig, llm_kwargs: Mapping[str, Any]) -
 
 
 def _load_checked(
-    config: LLM2SLMConfig, name: str, arguments: dict[str, Any], quantise_as_recorded: bool
+    config: LLM2SLMConfig, name: str, arguments: dict[str, Any], quantise_as_recorded: bool, whole: bool
 ) -> PreTrainedModel:
     try:
         llm_config = load_config(name, arguments, "llm")
@@ -266,7 +271,7 @@ def _load_checked(
         with building("`llm_quantization_config`"):
             quantization = AutoQuantizationConfig.from_dict(dict(config.llm_quantization_config))
         arguments = arguments | {"quantization_config": quantization}
-    return load_llm(name, config=llm_config, **arguments)
+    return load_llm(name, config=llm_config, whole=whole, **arguments)
 
 
 def check_llm_config(config: LLM2SLMConfig, llm_config: PreTrainedConfig, found: str) -> None:

@@ -20,13 +20,16 @@ from .configuration_llm2slm import (
 from .loading import (
     HUB_ARGUMENTS,
     adopt_llm,
+    check_writes,
     cut_slm,
-    load_llm,
     load_slm,
     location,
     quantization_of,
     slm_auto_class,
     take_prefixed,
+)
+from .loading import (
+    load_llm as load_pretrained_llm,
 )
 from .probes import check_can_read, check_can_write
 from .reference import pin_revision, reference_to
@@ -57,9 +60,11 @@ def compose(
     fit_prompts: Sequence[str] | None = None,
     fit_target: str | int = "embeddings",
     processor: LLM2SLMProcessor | None = None,
+    load_llm: bool | str = True,
     **kwargs: Any,
 ) -> LLM2SLMForConditionalGeneration:
     """See [`LLM2SLMForConditionalGeneration.from_llm_slm_pretrained`]."""
+    check_choice("load_llm", load_llm, (True, "whole"))
     given = {name: kwargs.pop(name, None) for name in CONFIG_ARGUMENTS}
     fields = {name: value for name, value in given.items() if value is not None}
     shared = {key: kwargs.pop(key) for key in (*HUB_ARGUMENTS, "dtype", "trust_remote_code") if key in kwargs}
@@ -84,7 +89,8 @@ def compose(
     # Of an SLM in memory, nobody knows which commit it is.
     in_memory = slm_source is None or isinstance(slm, PreTrainedModel)
     slm_commit = None if in_memory else pin_revision(slm_source, slm_kwargs)
-    llm_model, slm_model = _load_parts(llm, slm, slm_layers, llm_kwargs, slm_kwargs)
+    whole, slm_model = _load_parts(llm, slm, slm_layers, llm_kwargs, slm_kwargs, load_llm == "whole")
+    llm_model = adopt_llm(whole) if isinstance(llm, PreTrainedModel) or load_llm == "whole" else whole
     if slm_layers is not None:
         slm_model, fields["slm_layers"] = slm_model
         fields, fusion, projector_init = _defaults_of_cut(llm_model, fields, fusion, projector_init)
@@ -123,7 +129,7 @@ def compose(
     model = cls(config, slm=slm_model)
     model.projector.to(device=slm_model.device, dtype=slm_model.dtype)
     model.generation_config = _with_pad_token(generation_config)
-    model.model.attach_llm(llm_model)
+    model.model.attach_llm(llm_model, check_writes(whole) if load_llm == "whole" else None)
     model.name_or_path = ""
     model.checkpoint_location = {"cache_dir": shared["cache_dir"]} if "cache_dir" in shared else {}
     if fit_prompts and projector_init == "fit":
@@ -136,9 +142,9 @@ def compose(
 
 
 def _load_parts(
-    llm: Any, slm: Any, slm_layers: Any, llm_kwargs: dict[str, Any], slm_kwargs: dict[str, Any]
+    llm: Any, slm: Any, slm_layers: Any, llm_kwargs: dict[str, Any], slm_kwargs: dict[str, Any], keep_whole: bool
 ) -> tuple[PreTrainedModel, Any]:
-    """LLM and SLM; a cut SLM comes with its layers."""
+    """LLM and SLM; a cut SLM comes with its layers. The LLM is whole if it is in memory or to be kept so."""
     llm_source = _source(llm)
     if slm_layers is not None:
         in_memory = isinstance(llm, PreTrainedModel)
@@ -163,9 +169,14 @@ def _load_parts(
         dtype = slm_kwargs.get("dtype")
         if dtype not in (None, "auto"):
             slm_model = slm_model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        llm_model = adopt_llm(whole) if in_memory or as_stored == llm_kwargs else load_llm(llm_source, **llm_kwargs)
-        return llm_model, (slm_model, layers)
-    llm_model = adopt_llm(llm) if isinstance(llm, PreTrainedModel) else load_llm(llm_source, **llm_kwargs)
+        if not in_memory and as_stored != llm_kwargs:
+            whole = load_pretrained_llm(llm_source, whole=keep_whole, **llm_kwargs)
+        elif not in_memory and not keep_whole:
+            whole = adopt_llm(whole)
+        return whole, (slm_model, layers)
+    llm_model = (
+        llm if isinstance(llm, PreTrainedModel) else load_pretrained_llm(llm_source, whole=keep_whole, **llm_kwargs)
+    )
     slm_model = slm if isinstance(slm, PreTrainedModel) else load_slm(_source(slm), **slm_kwargs)
     slm_auto_class(slm_model.config)
     return llm_model, slm_model

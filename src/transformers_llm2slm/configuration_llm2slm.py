@@ -26,7 +26,7 @@ PROJECTOR_INITS: tuple[str, ...] = get_args(ProjectorInit)
 LLM_SUBFOLDER = "llm"
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raise a `ValueError` that names the choices if `value` is none of them."""
     if value not in choices:
         raise ValueError(

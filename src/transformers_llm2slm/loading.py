@@ -151,13 +151,16 @@ def llm_position_limit(config: PreTrainedConfig) -> int | None:
     return position_limit(text_config, llm_skeleton(config))
 
 
-def load_llm(name_or_path: str, config: PreTrainedConfig | None = None, **kwargs: Any) -> PreTrainedModel:
+def load_llm(
+    name_or_path: str, config: PreTrainedConfig | None = None, whole: bool = False, **kwargs: Any
+) -> PreTrainedModel:
     """
     Load the LLM's reading part from a hub repository or a local folder, frozen and in eval mode.
 
     Args:
         name_or_path (`str`): Hub id or local folder.
         config (`PreTrainedConfig`, *optional*): Its configuration; loaded if not given.
+        whole (`bool`, defaults to `False`): Load all of it, with what it writes with.
         kwargs: Arguments of `from_pretrained` (dtype, device_map, quantization_config, revision, token ...).
 
     Raises:
@@ -175,11 +178,11 @@ def load_llm(name_or_path: str, config: PreTrainedConfig | None = None, **kwargs
         }
         # A copy, as a model may change the config it is given, and another model's loading must not see it.
         config = copy.deepcopy(config)
-        remote = kwargs.get("trust_remote_code") and type(config) not in MODEL_MAPPING
+        model_class: Any = slm_auto_class(config, "an LLM that verifies") if whole else AutoModel
+        if not whole and not (kwargs.get("trust_remote_code") and type(config) not in MODEL_MAPPING):
+            model_class = llm_class(config)
         with building(f"The LLM {name_or_path!r}", ValueError, OSError):
-            llm, info = (AutoModel if remote else llm_class(config)).from_pretrained(
-                name_or_path, config=config, **kwargs
-            )
+            llm, info = model_class.from_pretrained(name_or_path, config=config, **kwargs)
     except OSError as error:
         revision = f" (revision {kwargs['revision']})" if kwargs.get("revision") else ""
         raise OSError(
@@ -219,6 +222,16 @@ def adopt_llm(model: PreTrainedModel) -> PreTrainedModel:
     return freeze(llm)
 
 
+def check_writes(llm: PreTrainedModel) -> PreTrainedModel:
+    """`llm`, if it is whole. Raises a `ValueError` for one that reads only."""
+    if llm.get_output_embeddings() is None:
+        raise ValueError(
+            f"A {type(llm).__name__} can't verify what the SLM drafts: it has no LM head. Pass the LLM as "
+            f"{slm_auto_class(llm.config, 'an LLM that verifies').__name__}."
+        )
+    return llm
+
+
 def freeze(llm: PreTrainedModel) -> PreTrainedModel:
     """Frozen, in eval mode."""
     llm.requires_grad_(False)
@@ -232,14 +245,14 @@ def quantization_of(llm: PreTrainedModel) -> dict[str, Any] | None:
 
 
 # The SLM -----------------------------------------------------------------------------------------------------------------
-def slm_auto_class(config: PreTrainedConfig) -> Any:
+def slm_auto_class(config: PreTrainedConfig, part: str = "the SLM") -> Any:
     """The Auto class that writes with a model of this configuration. Raises a `ValueError` where none can."""
     mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if type(config) not in mapping and not hasattr(config, "auto_map"):
         raise ValueError(
-            f"A `{config.model_type}` model can't be the SLM: transformers has no `{auto_class.__name__}` for "
-            f"{type(config).__name__}, so it can't write. Choose an SLM that generates text."
+            f"A `{config.model_type}` model can't be {part}: transformers has no `{auto_class.__name__}` for "
+            f"{type(config).__name__}, so it can't write. Choose one that generates text."
         )
     return auto_class
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, Lo
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .llm_states import recorded_states
-from .prompt import LLM2SLMPrompt, without_prompt_length
+from .prompt import LLM2SLMPrompt, check_prompt_length, without_prompt_length
 from .structure import embed_tokens
 
 if TYPE_CHECKING:
@@ -190,8 +190,9 @@ def drafting_by(llm: PreTrainedModel, make: Callable[..., CandidateGenerator]) -
 def generate_lossless(
     model: LLM2SLMForConditionalGeneration,
     llm: PreTrainedModel,
-    prompt: Mapping[str, torch.Tensor],
+    prompt: Mapping[str, torch.Tensor | None],
     generation_config: GenerationConfig | None = None,
+    *args: Any,
     **kwargs: Any,
 ) -> Any:
     """
@@ -202,7 +203,7 @@ def generate_lossless(
         llm: The whole LLM, whose reading part is the model's.
         prompt: What the processor makes of one prompt.
         generation_config: Defaults to the LLM's.
-        kwargs: Arguments of `generate`. `num_assistant_tokens` drafts always so many tokens; by default the length follows
+        args, kwargs: Arguments of `generate`. `num_assistant_tokens` drafts always so many tokens; by default the length follows
             the share of accepted ones.
 
     Returns:
@@ -212,9 +213,26 @@ def generate_lossless(
     Raises:
         ValueError: for more than one prompt, or for beams.
     """
-    ids, mask = prompt["input_ids"], prompt.get("attention_mask")
+    ids, mask = prompt.get("input_ids"), prompt.get("attention_mask")
+    if ids is None:
+        raise ValueError("Lossless generation needs the LLM's tokens as `input_ids`: the LLM reads and verifies.")
+    check_prompt_length(ids, llm, "LLM")
     if len(ids) != 1:
         raise ValueError(f"Lossless generation takes one prompt at a time, got {len(ids)}. Loop over them.")
+    beams = next(
+        value
+        for value in (
+            kwargs.get("num_beams"),
+            getattr(generation_config, "num_beams", None),
+            llm.generation_config.num_beams,
+            1,
+        )
+        if value is not None
+    )
+    if beams > 1:
+        raise ValueError(
+            f"Lossless generation is greedy or sampled, without beams, got `num_beams={beams}`. Set it to 1."
+        )
     if mask is not None:
         ids = ids[mask.to(ids.device).bool()][None]
     read = {key: value for key, value in prompt.items() if key not in ("input_ids", "attention_mask")}
@@ -259,7 +277,12 @@ def generate_lossless(
         with drafting_by(llm, make):
             # Looking candidates up in the prompt is what asks for assisted decoding without a second model.
             outputs = llm.generate(
-                ids, generation_config, attention_mask=torch.ones_like(ids), prompt_lookup_num_tokens=1, **kwargs
+                ids,
+                generation_config,
+                *args,
+                attention_mask=torch.ones_like(ids),
+                prompt_lookup_num_tokens=1,
+                **kwargs,
             )
     sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
     sequences = sequences if seq2seq else sequences[:, ids.shape[1] :]

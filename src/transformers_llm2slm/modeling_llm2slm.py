@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from .checkpoint import (
@@ -25,12 +24,13 @@ from .checkpoint import (
     record_llm_precision,
 )
 from .composition import compose
-from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig
+from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig, check_choice
+from .generation import LLM2SLMGenerationMixin
 from .llm_states import read_llm_states
 from .loading import HUB_ARGUMENTS, build_slm, freeze, quantization_of, take_prefixed
 from .outputs import LLM2SLMModelOutput, LLM2SLMOutput
 from .projector import LLM2SLMProjector
-from .prompt import LLM2SLMPrompt, check_labels, check_response_length, fuse, prompt_mask, without_prompt_length
+from .prompt import LLM2SLMPrompt, check_labels, check_response_length, fuse, prompt_mask
 from .push import PushMixin
 from .remote_code import IncludesCode
 from .structure import (
@@ -119,19 +119,24 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
         join_tied_embeddings(self.slm)
         config.slm_config = self.slm.config
         self.llm: PreTrainedModel | None = None
+        self.whole_llm: PreTrainedModel | None = None
         self.register_state_dict_post_hook(keep_first_names)
         self.register_load_state_dict_post_hook(expect_checkpoint_keys)
         self.post_init()
 
-    def attach_llm(self, llm: PreTrainedModel | None) -> None:
-        """Take `llm` (what [`load_llm`] or [`adopt_llm`] returns) as the frozen LLM; `None` takes it away."""
-        self.llm = None if llm is None else freeze(llm)
+    def attach_llm(self, llm: PreTrainedModel | None, whole: PreTrainedModel | None = None) -> None:
+        """
+        Take `llm` (what [`load_llm`] or [`adopt_llm`] returns) as the frozen LLM; `None` takes it away. `whole` is the model
+        with its LM head that `llm` was adopted from, for lossless generation.
+        """
+        self.llm, self.whole_llm = (None if part is None else freeze(part) for part in (llm, whole))
 
     def train(self, mode: bool = True) -> LLM2SLMModel:
         """Training mode for projector and SLM; the LLM stays in eval mode."""
         super().train(mode)
-        if self.llm is not None:
-            self.llm.eval()
+        for part in (self.llm, self.whole_llm):
+            if part is not None:
+                part.eval()
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -289,7 +294,7 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
         return LLM2SLMModelOutput(last_hidden_state=head_inputs[0], past_key_values=outputs.get("past_key_values"))
 
 
-class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMPreTrainedModel, GenerationMixin):
+class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMGenerationMixin, LLM2SLMPreTrainedModel):
     """
     LLM-to-SLM: text in, text out. Compose it with [`~LLM2SLMForConditionalGeneration.from_llm_slm_pretrained`], train it
     with the standard `Trainer`, load it with `AutoModel.from_pretrained`.
@@ -315,16 +320,6 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMPreTrainedModel, Generat
     def slm(self) -> PreTrainedModel:
         return self.model.slm
 
-    @property
-    def generation_config(self) -> GenerationConfig:
-        """The SLM's generation config: it is the SLM that generates."""
-        return self.model.slm.generation_config
-
-    @generation_config.setter
-    def generation_config(self, value: GenerationConfig) -> None:
-        if "model" in self._modules:  # PreTrainedModel sets one before there is an SLM, which brings its own
-            self.model.slm.generation_config = value
-
     # Composing, loading, saving --------------------------------------------------------------------------------------
     @classmethod
     def from_llm_slm_pretrained(
@@ -346,6 +341,7 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMPreTrainedModel, Generat
                 default `"add"` where the tokenizers are equal and `"align"` where not.
             llm_layer, slm_encoder, projector_hidden_size, projector_num_layers, projector_activation, projector_norm
                 (*optional*): See [`LLM2SLMConfig`].
+            load_llm (`True` or `"whole"`, defaults to `True`): `"whole"` keeps all of the LLM, for lossless generation.
             projector_init (`str`, defaults to `"random"`): `"random"` (the paper); `"zero"` (with `"add"` and
                 `"align"`: the model starts as the SLM alone); `"identity"` (equal widths: states pass unchanged);
                 `"fit"` (ridge regression on `fit_prompts`, see [`fit_projector`]).
@@ -378,7 +374,7 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMPreTrainedModel, Generat
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *model_args: Any,
-        load_llm: bool = True,
+        load_llm: bool | str = True,
         llm_model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -387,8 +383,8 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMPreTrainedModel, Generat
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id or local folder of the checkpoint.
-            load_llm (`bool`, defaults to `True`): `False` gives a model without the LLM, for training on cached states
-                and for machines that only write.
+            load_llm (`bool` or `"whole"`, defaults to `True`): `False` gives a model without the LLM, for training on cached
+                states and for machines that only write; `"whole"` loads all of the LLM, for `generate(mode="lossless")`.
             llm_model (`PreTrainedModel`, *optional*): The LLM, already in memory.
             llm_name_or_path (`str`, *optional*): Another place to load the same LLM from, a local copy for instance.
             llm_check_fingerprint (`bool`, defaults to `True`): `False` accepts an LLM with other weights than those that
@@ -401,9 +397,10 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMPreTrainedModel, Generat
             ValueError: for a checkpoint that is not sound or lacks weights, or an LLM that is not the one it was trained with.
             OSError: if the checkpoint or its LLM can't be reached, or has no safetensors.
         """
+        check_choice("load_llm", load_llm, (True, False, "whole"))
         wants_info = kwargs.pop("output_loading_info", False)
         llm_kwargs = take_prefixed(kwargs, "llm_")
-        finds_llm = load_llm and llm_model is None and "name_or_path" not in llm_kwargs
+        finds_llm = bool(load_llm) and llm_model is None and "name_or_path" not in llm_kwargs
         check_checkpoint(pretrained_model_name_or_path, kwargs, finds_llm)
         hub = {key: kwargs[key] for key in ("revision", "subfolder", "device_map") if kwargs.get(key) is not None}
         hub |= {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
@@ -416,7 +413,8 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMPreTrainedModel, Generat
         check_loaded(pretrained_model_name_or_path, info)
         model.checkpoint_location = checkpoint_location(model, pretrained_model_name_or_path, hub)
         if load_llm:
-            attach_pretrained_llm(model, pretrained_model_name_or_path, llm_model, llm_kwargs, hub)
+            whole = load_llm == "whole"
+            attach_pretrained_llm(model, pretrained_model_name_or_path, llm_model, llm_kwargs, hub, whole)
         else:
             record_llm_precision(model.config, llm_kwargs)
         return (model, info) if wants_info else model
@@ -441,7 +439,8 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMPreTrainedModel, Generat
             check_can_be_saved(self.llm)
             # transformers can't turn quantised weights back into the files that they were loaded from.
             original = quantization_of(self.llm) is None
-            self.llm.save_pretrained(os.path.join(save_directory, LLM_SUBFOLDER), save_original_format=original)
+            llm = self.llm if self.model.whole_llm is None else self.model.whole_llm
+            llm.save_pretrained(os.path.join(save_directory, LLM_SUBFOLDER), save_original_format=original)
         if (state_dict := kwargs.get("state_dict")) is not None:
             kwargs["state_dict"] = checkpoint_state_dict(self, state_dict)
         with replacing_weights(save_directory):
@@ -542,43 +541,6 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMPreTrainedModel, Generat
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        *args: Any,
-        prompt: LLM2SLMPrompt | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        r"""
-        Read the prompt once and let the SLM write: this is the SLM's own `generate`, fed with the fused prompt.
-
-        Args:
-            inputs (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*): `input_ids` by another name.
-            generation_config (`GenerationConfig`, *optional*): Defaults to the SLM's, `model.generation_config`.
-            prompt ([`LLM2SLMPrompt`], *optional*): The prompt, already encoded; the LLM is not run.
-            kwargs: The prompt (see [`LLM2SLMModel.encode_prompt`]), and whatever the SLM's `generate` takes: `num_beams`,
-                `do_sample`, `max_new_tokens`, `streamer`, `stop_strings`, `cache_implementation` ... Lengths count the
-                response, for both kinds of SLM.
-
-        Returns:
-            What the SLM's `generate` returns; the sequences hold the response only.
-        """
-        fields = inspect.signature(self.model.encode_prompt).parameters
-        prompt_kwargs = {name: kwargs.pop(name) for name in fields if name in kwargs}
-        if kwargs.pop("labels", None) is not None:  # Seq2SeqTrainer passes the whole batch
-            for name in ("shift_labels", "decoder_input_ids"):
-                kwargs.pop(name, None)
-        if inputs is not None:
-            prompt_kwargs["input_ids"] = inputs
-        if prompt is None:
-            prompt = self.encode_prompt(**prompt_kwargs)
-        kwargs |= self.model.slm_prompt(prompt)
-        if not self.slm.config.is_encoder_decoder:
-            generation_config, kwargs = without_prompt_length(generation_config, kwargs, self.generation_config)
-        return self.slm.generate(None, generation_config, *args, **kwargs)
 
 
 __all__ = [

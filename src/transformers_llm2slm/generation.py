@@ -1,0 +1,88 @@
+"""Generation: the SLM's own `generate`, fed with the fused prompt, or the LLM's own, drafted by the SLM."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+
+from .configuration_llm2slm import check_choice
+from .lossless import generate_lossless
+from .prompt import LLM2SLMPrompt, without_prompt_length
+
+if TYPE_CHECKING:
+    from .modeling_llm2slm import LLM2SLMForConditionalGeneration
+
+Mode = Literal["hybrid", "lossless"]
+
+
+class LLM2SLMGenerationMixin(GenerationMixin):
+    """What [`LLM2SLMForConditionalGeneration`] has of `GenerationMixin`, by way of its parts."""
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The SLM's generation config: it is the SLM that generates."""
+        return self.model.slm.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        if "model" in self._modules:  # PreTrainedModel sets one before there is an SLM, which brings its own
+            self.model.slm.generation_config = value
+
+    @torch.no_grad()
+    def generate(
+        self: LLM2SLMForConditionalGeneration,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        prompt: LLM2SLMPrompt | None = None,
+        mode: Mode = "hybrid",
+        **kwargs: Any,
+    ) -> Any:
+        r"""
+        Read the prompt once and let the SLM write: this is the SLM's own `generate`, fed with the fused prompt.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*): `input_ids` by another name.
+            generation_config (`GenerationConfig`, *optional*): Defaults to the SLM's, `model.generation_config`.
+            prompt ([`LLM2SLMPrompt`], *optional*): The prompt, already encoded; the LLM is not run.
+            mode (`str`, defaults to `"hybrid"`): `"lossless"` gives the LLM's own output, greedy or sampled, which the SLM
+                drafts and the LLM verifies; for one prompt at a time, without beams, on a model that was loaded with
+                `load_llm="whole"`. See [`generate_lossless`].
+            kwargs: The prompt (see [`LLM2SLMModel.encode_prompt`]), and whatever the SLM's `generate` takes: `num_beams`,
+                `do_sample`, `max_new_tokens`, `streamer`, `stop_strings`, `cache_implementation` ... Lengths count the
+                response, for both kinds of SLM.
+
+        Returns:
+            What the SLM's `generate` returns; the sequences hold the response only. In lossless mode, what the LLM's returns.
+
+        Raises:
+            ValueError: for a mode that does not exist, or lossless mode where it can't be had.
+        """
+        check_choice("mode", mode, get_args(Mode))
+        fields = inspect.signature(self.model.encode_prompt).parameters
+        prompt_kwargs = {name: kwargs.pop(name) for name in fields if name in kwargs}
+        if kwargs.pop("labels", None) is not None:  # Seq2SeqTrainer passes the whole batch
+            for name in ("shift_labels", "decoder_input_ids"):
+                kwargs.pop(name, None)
+        if inputs is not None:
+            prompt_kwargs["input_ids"] = inputs
+        if mode == "lossless":
+            if prompt is not None or prompt_kwargs.get("llm_hidden_states") is not None:
+                raise ValueError(
+                    "In lossless mode the LLM reads and verifies: pass `input_ids`, not what it has read."
+                )
+            if self.model.whole_llm is None:
+                raise ValueError(
+                    "Lossless generation needs the whole LLM, but this model holds the part of it that reads. Load the model "
+                    'with `load_llm="whole"`.'
+                )
+            return generate_lossless(self, self.model.whole_llm, prompt_kwargs, generation_config, *args, **kwargs)
+        if prompt is None:
+            prompt = self.encode_prompt(**prompt_kwargs)
+        kwargs |= self.model.slm_prompt(prompt)
+        if not self.slm.config.is_encoder_decoder:
+            generation_config, kwargs = without_prompt_length(generation_config, kwargs, self.generation_config)
+        return self.slm.generate(None, generation_config, *args, **kwargs)
