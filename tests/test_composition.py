@@ -229,12 +229,15 @@ def test_trained_model_generates_what_it_learned(zoo):
         model, processor = zoo.compose(pair)
         batch = processor(text=PROMPTS, text_target=RESPONSES, padding=True, return_tensors="pt")
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        for _ in range(180):
+        loss = torch.tensor(torch.inf)
+        for _ in range(600):  # how many it takes is a matter of the tokenizers, which are not trained alike each time
+            if loss.item() < 0.05:
+                break
+            optimizer.zero_grad()
             loss = model(**batch).loss
             loss.backward()
             optimizer.step()
-            optimizer.zero_grad()
-        assert loss.item() < 0.1
+        assert loss.item() < 0.05
         inputs = processor(text=PROMPTS, padding=True, return_tensors="pt")
         written = processor.batch_decode(model.generate(**inputs, max_new_tokens=40), skip_special_tokens=True)
         assert [text.strip() for text in written] == RESPONSES
