@@ -37,7 +37,9 @@ def write_demo_card(results_file: pathlib.Path, card_file: pathlib.Path) -> None
     processor = LLM2SLMProcessor.from_llm_slm_pretrained(llm_path, fusion="replace")
     prompts = list(load_rows(arguments, processor.llm_tokenizer)[1]["prompt"])
     middle = sorted(prompts, key=len)[len(prompts) // 2]  # the one that speed was measured on
-    model = compose(AutoModelForCausalLM.from_pretrained(llm_path, dtype="bfloat16"), arguments, processor)
+    llm = AutoModelForCausalLM.from_pretrained(llm_path, dtype="bfloat16")
+    # On some prompts, as a fitted vocabulary has embeddings and head of its own.
+    model = compose(llm, arguments, processor, prompts[:8])
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = pathlib.Path(folder, NAME)
         model.save_pretrained(checkpoint)
