@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import RevisionNotFoundError
-from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 from transformers import PreTrainedModel
 from transformers.utils.hub import resolve_revision
 
@@ -38,7 +38,13 @@ def pin_revision(name_or_path: str, kwargs: dict[str, Any]) -> str | None:
     resolved = resolve_revision(name_or_path, kwargs.get("revision"), **known)
     if resolved is not None:
         kwargs["revision"] = resolved
-    return getattr(resolved, "resolved", resolved)
+    return _commit(resolved)
+
+
+def _commit(revision: str | None) -> str | None:
+    """The commit that a revision stands for; `None` for a branch or tag that could not be resolved."""
+    commit = getattr(revision, "resolved", revision)
+    return commit if commit is not None and REGEX_COMMIT_HASH.fullmatch(commit) else None
 
 
 def weight_files(name_or_path: str, kwargs: Mapping[str, Any]) -> list[Path]:
@@ -88,8 +94,7 @@ def reference_to(
             changed since: a name is taken if the files of that name are these weights, or can't be had to compare.
     """
     fingerprint = llm_fingerprint(llm, name_or_path, **kwargs)
-    revision = kwargs.get("revision")
-    commit = getattr(revision, "resolved", revision)
+    commit = _commit(kwargs.get("revision"))
     files = [] if name_or_path is None else weight_files(name_or_path, kwargs)
     if in_memory and name_or_path is not None and is_exact(llm):
         known = {place: found for place, found in _places(name_or_path, kwargs).items() if found}
@@ -118,8 +123,7 @@ def _places(name_or_path: str, kwargs: Mapping[str, Any]) -> dict[str | None, li
         return {None: weight_files(name_or_path, kwargs)}
     cache = Path(kwargs.get("cache_dir") or constants.HF_HUB_CACHE)
     snapshots = cache / repo_folder_name(repo_id=name_or_path, repo_type="model") / "snapshots"
-    revision = kwargs.get("revision")
-    first = getattr(revision, "resolved", revision)
+    first = _commit(kwargs.get("revision"))
     commits = sorted((folder.name for folder in snapshots.glob("*")), key=lambda commit: (commit != first, commit))
     return {commit: weight_files(name_or_path, {**kwargs, "revision": commit}) for commit in commits}
 
