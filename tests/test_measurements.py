@@ -8,10 +8,11 @@ import types
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModel
 
 from transformers_llm2slm import speed
 from transformers_llm2slm.measurements import read_records, shareable_command, trainer_records, versions, write_record
-from transformers_llm2slm.speed import load_whole_llm, measure_speed, speed_beside_llm
+from transformers_llm2slm.speed import measure_speed, speed_beside_llm
 
 
 def weights(folder, value):
@@ -125,14 +126,13 @@ def test_speed_is_the_median_of_rounds_in_turn(monkeypatch):
         measure_speed({}, 1, 3)
 
 
-def test_the_whole_llm_writes_beside_the_model(small_causal):
+def test_the_whole_llm_writes_beside_the_model(small_causal, tmp_path):
     model, processor = small_causal
-    llm = load_whole_llm(model)
-    assert torch.equal(llm.model.embed_tokens.weight, model.llm.embed_tokens.weight) and llm.dtype == model.llm.dtype
-    record = speed_beside_llm(model, processor, llm, "Hello there!", new_tokens=3, rounds=1)
+    with pytest.raises(ValueError, match='load the model with `load_llm="whole"`'):
+        speed_beside_llm(model, processor, "Hello there!", new_tokens=3, rounds=1)
+    model.save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, load_llm="whole")
+    record = speed_beside_llm(model, processor, "Hello there!", new_tokens=3, rounds=1)
     assert list(record["figures"]) == ["LLM", "this model"]
     prompt_tokens = len(processor(text="Hello there!")["input_ids"])
     assert (record["settings"]["prompt tokens"], record["settings"]["new tokens"]) == (prompt_tokens, 3)
-    model.config.llm_name_or_path = None
-    with pytest.raises(ValueError, match="names no LLM to measure beside it"):
-        load_whole_llm(model)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from .measurements import SPEED, Record
 
@@ -74,43 +73,9 @@ def seconds_of(function: Callable[[], Any], repeats: int = 1) -> float:
     return min(times)
 
 
-def load_whole_llm(
-    model: LLM2SLMForConditionalGeneration, name_or_path: str | None = None, **hub: Any
-) -> PreTrainedModel:
-    """
-    The whole LLM that a model reads with, with its LM head, on the model's device and in the LLM's dtype.
-
-    Args:
-        model: The model, with its LLM.
-        name_or_path (`str`, *optional*): Another place of the same LLM; by default the one that the configuration names.
-        hub: `token`, `cache_dir`, `local_files_only`.
-
-    Raises:
-        ValueError: if the configuration names no LLM, or one that can't write.
-    """
-    config = model.config
-    name = name_or_path or config.llm_name_or_path
-    if name is None:
-        raise ValueError(
-            "The checkpoint names no LLM to measure beside it: it was composed of a model in memory. Give its place with "
-            "`llm_name_or_path`."
-        )
-    auto_class = AutoModelForSeq2SeqLM if config.llm_config.is_encoder_decoder else AutoModelForCausalLM
-    own = {"revision": config.llm_revision, "subfolder": config.llm_subfolder} if name_or_path is None else {}
-    own = {key: value for key, value in own.items() if value}
-    try:
-        llm = auto_class.from_pretrained(name, dtype=config.llm_dtype or "auto", **own, **hub)
-    except ValueError as error:
-        raise ValueError(
-            f"The LLM {str(name)!r} can't write, so there is no speed beside it to measure: {error}"
-        ) from error
-    return llm.to(model.device).eval()
-
-
 def speed_beside_llm(
     model: LLM2SLMForConditionalGeneration,
     processor: LLM2SLMProcessor,
-    llm: PreTrainedModel,
     prompt: str,
     new_tokens: int = 64,
     rounds: int = 5,
@@ -120,7 +85,13 @@ def speed_beside_llm(
 
     Returns:
         `dict`: `kind`, `settings` (lengths, dtypes, rounds) and the `figures` of [`measure_speed`], for [`write_record`].
+
+    Raises:
+        ValueError: if the model was not loaded with `load_llm="whole"`.
     """
+    llm = model.model.whole_llm
+    if llm is None:
+        raise ValueError('The speed beside the LLM takes the whole LLM: load the model with `load_llm="whole"`.')
     inputs = processor(text=[prompt], return_tensors="pt").to(model.device)
     read = processor.llm_tokenizer(prompt, return_tensors="pt").to(llm.device)
 
@@ -144,4 +115,4 @@ def speed_beside_llm(
     return {"kind": SPEED, "settings": settings, "figures": measure_speed(writers, new_tokens, rounds)}
 
 
-__all__ = ["load_whole_llm", "measure_speed", "seconds_of", "speed_beside_llm"]
+__all__ = ["measure_speed", "seconds_of", "speed_beside_llm"]

@@ -81,7 +81,7 @@ def evaluate(
     from ..checkpoint_files import checkpoint_fingerprint
     from ..evaluation import generate_texts, require_extra, text_scores
     from ..measurements import provenance, read_records, write_record
-    from ..speed import load_whole_llm, speed_beside_llm
+    from ..speed import speed_beside_llm
 
     quiet()
     require_extra("eval", "rouge_score", "sacrebleu")
@@ -109,7 +109,8 @@ def evaluate(
             path.open("a").close()
     prompts, completions = list(rows["prompt"]), list(rows["completion"])
     hub = hub_arguments(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    loaded, processor = load(model, llm_name_or_path, llm_dtype, dtype, device, hub)
+    load_llm = "whole" if beside_llm else True
+    loaded, processor = load(model, llm_name_or_path, llm_dtype, dtype, device, hub, load_llm)
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
     console = Console(stderr=True)
     with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as progress:
@@ -133,9 +134,8 @@ def evaluate(
     show_numbers(f"{model} on {file or dataset}", scores | speed)
     records = [quality_record(scores, speed, batch_size, generation, file, dataset, dataset_config, split)]
     if beside_llm:
-        llm = load_whole_llm(loaded, llm_name_or_path, **hub_arguments(**hub | {"revision": None}))
         prompt = sorted(prompts, key=len)[len(prompts) // 2]
-        records.append(speed_beside_llm(loaded, processor, llm, prompt, timing_tokens, timing_rounds))
+        records.append(speed_beside_llm(loaded, processor, prompt, timing_tokens, timing_rounds))
         for name, figures in records[-1]["figures"].items():
             show_numbers(f"{name}: {timing_tokens} tokens, batch size 1", figures)
     if folder is not None:

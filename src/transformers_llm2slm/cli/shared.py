@@ -137,6 +137,7 @@ def load(
     dtype: str | None,
     device: str | None,
     hub: dict[str, Any],
+    load_llm: bool | str = True,
 ) -> tuple[LLM2SLMForConditionalGeneration, LLM2SLMProcessor]:
     """The model on its device, and its processor."""
     import torch
@@ -154,7 +155,7 @@ def load(
     pin_revision(model, hub)
     check_checkpoint(model, **hub)
     processor = LLM2SLMProcessor.from_pretrained(model, **hub)
-    loaded = LLM2SLMForConditionalGeneration.from_pretrained(model, **options, **hub)
+    loaded = LLM2SLMForConditionalGeneration.from_pretrained(model, load_llm=load_llm, **options, **hub)
     if device is None:
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
     return loaded.to(device), processor
