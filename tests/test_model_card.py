@@ -341,4 +341,4 @@ def test_the_card_of_the_demonstration_holds_the_recorded_results() -> None:
             assert row(section, "this model" if name == "LLM-to-SLM" else name)[1 : len(figures) + 1] == [
                 shown(value) for value in figures.values()
             ]
-    assert str(results["machine"]["date"]) in text and "`make demo`" in text
+    assert str(results["machine"]["date"]) in text and f"`{results['command']}`" in text
