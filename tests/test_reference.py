@@ -231,11 +231,12 @@ def test_repository_of_the_llm_moves_on(zoo, cache, hub, tmp_path):
             (changed, empty | {"llm_revision": new}),
             (changed, empty | {"llm_revision": "main", "llm_check_fingerprint": False}),
             (changed, warm),
+            (changed, warm | {"load_llm": "whole"}),
             (same, empty),
             (same, empty | {"llm_revision": again}),
         )
     old = commits["reference/changed"]
-    gone, refused, accepted, cached, gone_too, found = results
+    gone, refused, accepted, cached, whole, gone_too, found = results
     assert (
         f"The commit {old} of 'reference/changed', the LLM this model was trained with, is gone from the Hub" in gone
     )
@@ -245,7 +246,8 @@ def test_repository_of_the_llm_moves_on(zoo, cache, hub, tmp_path):
     assert f"expected weights of 'reference/changed' at {old}" in refused
     assert f"found 'reference/changed' at {new} with" in refused
     assert isinstance(accepted, float) and accepted != expected
-    assert cached == expected
+    assert cached == whole == expected
+    assert not list((tmp_path / "home").glob("hub/models--*"))  # `cache_dir` is where everything was looked for
     assert f"The main branch is at {again}, and its weight files are the same" in gone_too and found == expected
     # Nothing was downloaded to know that the weights are others.
     downloads = [i for i, request in enumerate(requests) if request.path.endswith("model.safetensors")]

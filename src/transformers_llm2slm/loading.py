@@ -54,6 +54,15 @@ def hub_place(kwargs: Mapping[str, Any], *more: str) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if key in names}
 
 
+def for_auto_class(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Arguments for the `from_pretrained` of an Auto class. It would ask the terminal whether to run code, and looks for an
+    adapter first: of what says where files come from, it passes only token and revision on to that.
+    """
+    place = {key: value for key, value in hub_place(kwargs).items() if key not in ("token", "revision")}
+    return {"trust_remote_code": False, "adapter_kwargs": place} | kwargs
+
+
 def check_files(name_or_path: str, kwargs: dict[str, Any], part: str) -> dict[str, Any]:
     """
     Arguments to load the `part` (`"llm"` or `"slm"`) with: from safetensors, which are checked first, unless
@@ -178,8 +187,12 @@ def load_llm(
         }
         # A copy, as a model may change the config it is given, and another model's loading must not see it.
         config = copy.deepcopy(config)
-        model_class: Any = slm_auto_class(config, "an LLM that verifies") if whole else AutoModel
-        if not whole and not (kwargs.get("trust_remote_code") and type(config) not in MODEL_MAPPING):
+        model_class: Any
+        if whole:
+            model_class, kwargs = slm_auto_class(config, "an LLM that verifies"), for_auto_class(kwargs)
+        elif kwargs.get("trust_remote_code") and type(config) not in MODEL_MAPPING:
+            model_class, kwargs = AutoModel, for_auto_class(kwargs)
+        else:
             model_class = llm_class(config)
         with building(f"The LLM {name_or_path!r}", ValueError, OSError):
             llm, info = model_class.from_pretrained(name_or_path, config=config, **kwargs)
@@ -267,12 +280,8 @@ def build_slm(config: PreTrainedConfig) -> PreTrainedModel:
 def load_slm(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """Load the SLM with its LM head. Raises a `ValueError` if its checkpoint lacks weights."""
     config = load_config(name_or_path, kwargs, "slm")
-    # An Auto class looks for an adapter first, and of what says where it passes only token and revision on to that.
-    place = {key: value for key, value in hub_place(kwargs).items() if key not in ("token", "revision")}
-    kwargs = {"trust_remote_code": False} | check_files(name_or_path, kwargs, "slm")
-    slm, info = slm_auto_class(config).from_pretrained(
-        name_or_path, config=config, output_loading_info=True, adapter_kwargs=place, **kwargs
-    )
+    kwargs = for_auto_class(check_files(name_or_path, kwargs, "slm"))
+    slm, info = slm_auto_class(config).from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
     if info["missing_keys"] or info["mismatched_keys"]:
         raise ValueError(
             f"The checkpoint {name_or_path!r} does not hold a whole SLM {type(slm).__name__}: missing "
