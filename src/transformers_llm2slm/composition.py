@@ -22,14 +22,12 @@ from .loading import (
     adopt_llm,
     check_writes,
     cut_slm,
+    load_llm,
     load_slm,
     location,
     quantization_of,
     slm_auto_class,
     take_prefixed,
-)
-from .loading import (
-    load_llm as load_pretrained_llm,
 )
 from .probes import check_can_read, check_can_write
 from .reference import pin_revision, reference_to
@@ -170,13 +168,11 @@ def _load_parts(
         if dtype not in (None, "auto"):
             slm_model = slm_model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         if not in_memory and as_stored != llm_kwargs:
-            whole = load_pretrained_llm(llm_source, whole=keep_whole, **llm_kwargs)
+            whole = load_llm(llm_source, whole=keep_whole, **llm_kwargs)
         elif not in_memory and not keep_whole:
             whole = adopt_llm(whole)
         return whole, (slm_model, layers)
-    llm_model = (
-        llm if isinstance(llm, PreTrainedModel) else load_pretrained_llm(llm_source, whole=keep_whole, **llm_kwargs)
-    )
+    llm_model = llm if isinstance(llm, PreTrainedModel) else load_llm(llm_source, whole=keep_whole, **llm_kwargs)
     slm_model = slm if isinstance(slm, PreTrainedModel) else load_slm(_source(slm), **slm_kwargs)
     slm_auto_class(slm_model.config)
     return llm_model, slm_model

@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .remote_code import IncludesCode, code_included, save_code, with_code, without_code
+from .remote_code import IncludesCode, code_included, with_code, without_code
 from .validation import FORMAT_VERSION, PARTS, check_config
 from .version import __version__
 
@@ -209,10 +209,7 @@ class LLM2SLMConfig(IncludesCode, PreTrainedConfig):
         """As for any config; a model's, while the model is saved with its code, brings the code."""
         with code_included(self, include_code):
             super().save_pretrained(save_directory, **kwargs)
-            if hasattr(self, "auto_map"):
-                save_code(save_directory)
-            if push_to_hub:
-                self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
+            self._save_code_and_push(save_directory, push_to_hub, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         # Whatever wrote the file that was read, this version writes the next.

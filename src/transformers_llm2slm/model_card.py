@@ -6,7 +6,6 @@ repository documents every field.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -197,9 +196,8 @@ def checkpoint_skeleton(folder: str | os.PathLike) -> LLM2SLMForConditionalGener
     """
     from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 
-    config = LLM2SLMConfig.from_pretrained(folder)
     with torch.device("meta"):
-        return LLM2SLMForConditionalGeneration(copy.deepcopy(config))
+        return LLM2SLMForConditionalGeneration(LLM2SLMConfig.from_pretrained(folder))
 
 
 def card_template() -> str:
@@ -286,7 +284,7 @@ def _model_texts(
         "summary": card_text.summary_text(model.config),
         "parts": card_text.parts_text(model, base_models),
         "size": card_text.size_text(checkpoint_bytes(directory)),
-        "llm-size": card_text.llm_size_text(llm_files_bytes(model.config)),
+        "llm-size": card_text.llm_size_text(llm_files_bytes(model.config, model.checkpoint_location.get("cache_dir"))),
         "licenses": card_text.licenses_text(model.config, base_models, licenses),
     }
 

@@ -21,7 +21,7 @@ from .configuration_llm2slm import (
 )
 from .loading import HUB_ARGUMENTS, llm_position_limit, location, take_prefixed
 from .reference import pin_revision
-from .remote_code import PROCESSOR_AUTO_MAP, IncludesCode, code_included, save_code
+from .remote_code import PROCESSOR_AUTO_MAP, IncludesCode, code_included
 from .structure import position_limit
 from .validation import check_processor
 
@@ -162,10 +162,7 @@ class LLM2SLMProcessor(IncludesCode, ProcessorMixin):
         file = os.path.join(save_directory, PROCESSOR_NAME)
         with code_included(self, include_code):
             self.to_json_file(file)
-            if hasattr(self, "auto_map"):
-                save_code(save_directory)
-            if push_to_hub:
-                self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
+            self._save_code_and_push(save_directory, push_to_hub, **kwargs)
         return [file]
 
     def to_dict(self) -> dict[str, Any]:

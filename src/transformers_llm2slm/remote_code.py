@@ -102,6 +102,13 @@ class IncludesCode(PushToHubMixin):
         with code_included(self, kwargs.pop("include_code", False)):
             return super().push_to_hub(*args, **kwargs)
 
+    def _save_code_and_push(self, save_directory: str | os.PathLike, push_to_hub: bool, **kwargs: Any) -> None:
+        """The end of saving a configuration or processor: its code, if so asked, before all goes to the Hub, if so asked."""
+        if hasattr(self, "auto_map"):
+            save_code(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "") -> None:
         """

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from rich import box
 from rich.console import Console
@@ -17,9 +15,9 @@ from rich.text import Text
 from torch import nn
 
 from ..checkpoint_files import llm_files_bytes, safetensors_headers
-from ..configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig
+from ..configuration_llm2slm import LLM_SUBFOLDER
 from ..loading import llm_skeleton
-from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
+from ..model_card import checkpoint_skeleton
 from ..processing_llm2slm import LLM2SLMProcessor
 from ..reference import pin_revision
 from .shared import check_checkpoint
@@ -52,13 +50,12 @@ def checkpoint_info(name_or_path: str, **hub: Any) -> dict[str, Any]:
     if not folder.is_dir():
         ignored = [f"{LLM_SUBFOLDER}/*", "checkpoint-*/*"]
         folder = Path(snapshot_download(name_or_path, allow_patterns=CHECKPOINT_FILES, ignore_patterns=ignored, **hub))
-    config = LLM2SLMConfig.from_pretrained(folder)
+    model = checkpoint_skeleton(folder)
+    config = model.config
     tensors = safetensors_headers(folder.glob("*.safetensors"))
     if not tensors:
         raise OSError(f"{name_or_path!r} holds no *.safetensors files, so there are no weights to tell of.")
     llm = llm_skeleton(config.llm_config)
-    with torch.device("meta"):
-        model = LLM2SLMForConditionalGeneration(copy.deepcopy(config))
     llm_files = safetensors_headers((folder / LLM_SUBFOLDER).glob("*.safetensors")) if config.llm_in_checkpoint else {}
     parts: dict[str, dict[str, Any]] = {
         "llm": {
