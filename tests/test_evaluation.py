@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import threading
 
 import pytest
 import torch
 from conftest import PROMPTS
+from transformers import GenerationConfig
 
-from transformers_llm2slm.evaluation import GeneratedTexts, _response_lengths, generate_texts, text_scores
+from transformers_llm2slm.evaluation import (
+    GeneratedTexts,
+    _response_lengths,
+    generate_batches,
+    generate_texts,
+    text_scores,
+)
 
 # Of several lengths, and in no order of length.
 MANY = ["Hi there", PROMPTS[1], "One", PROMPTS[0] + " " + PROMPTS[1], "A house, a house!"]
@@ -70,6 +79,10 @@ def pair(request):
     return request.getfixturevalue(request.param)
 
 
+def reading_part(model):
+    return model.llm.get_encoder() if model.llm.config.is_encoder_decoder else model.llm
+
+
 def response(model, processor, prompt, **kwargs):
     """The tokens that the model writes for one prompt, without the start token of an encoder-decoder SLM."""
     row = model.generate(**processor(text=[prompt], return_tensors="pt"), **kwargs)[0].tolist()
@@ -97,8 +110,7 @@ def test_texts_are_those_of_each_prompt_alone(pair):
 def test_batches_are_of_similar_length_and_read_once(pair):
     model, processor = pair
     shapes, steps = [], []
-    body = model.llm.get_encoder() if model.llm.config.is_encoder_decoder else model.llm
-    handle = body.register_forward_hook(
+    handle = reading_part(model).register_forward_hook(
         lambda _, args, kwargs, out: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     generate_texts(model, processor, MANY, batch_size=2, max_new_tokens=3, progress=steps.append)
@@ -106,6 +118,27 @@ def test_batches_are_of_similar_length_and_read_once(pair):
     lengths = sorted((len(ids) for ids in processor(text=MANY)["input_ids"]), reverse=True)
     assert shapes == [(2, lengths[0]), (2, lengths[2]), (1, lengths[4])]
     assert steps == [2, 2, 1]
+
+
+@pytest.mark.parametrize("as_config", [False, True])
+def test_several_texts_of_a_prompt(pair, as_config):
+    """The texts of a prompt stand together, in the order of the prompts, and each prompt is read once for all of them."""
+    model, processor = pair
+    rows_read = []
+    handle = reading_part(model).register_forward_pre_hook(
+        lambda _, args, kwargs: rows_read.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    beams = {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 6}
+    kwargs = {"generation_config": GenerationConfig(**beams)} if as_config else beams
+    generated = generate_texts(model, processor, MANY, batch_size=2, **kwargs)
+    handle.remove()
+    assert rows_read == [2, 2, 1]
+    expected = [model.generate(**processor(text=[prompt], return_tensors="pt"), **kwargs) for prompt in MANY]
+    texts = [processor.batch_decode(sequences, skip_special_tokens=True) for sequences in expected]
+    assert generated.texts == [text for three in texts for text in three]
+    assert len(set(texts[0])) == 3
+    lengths = [_response_lengths(model, sequences, kwargs) for sequences in expected]
+    assert generated.new_tokens == sum(sum(three) for three in lengths)
 
 
 def test_output_objects_and_beams(small):
@@ -155,7 +188,6 @@ def test_mode_is_as_before(small):
         ([], {}, "at least one text"),
         ("one", {}, "must be a list"),
         (["one"], {"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
-        (["one"], {"num_return_sequences": 2}, "leave `num_return_sequences` out"),
         (["a longer one", "two", "  "], {"batch_size": 1}, "Prompt 2 is empty"),
     ],
 )
@@ -184,3 +216,92 @@ def test_response_lengths(pair, rows, kwargs, expected):
 
 def test_no_time_is_no_speed():
     assert GeneratedTexts([], 0.0, 0).tokens_per_second == 0
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "arguments", [{}, {"do_sample": True, "top_k": 0}, {"num_beams": 3, "num_return_sequences": 2}]
+)
+def test_overlapped_output_is_the_same(pair, arguments):
+    model, processor = pair
+    texts = []
+    for overlap in (False, True):
+        torch.manual_seed(0)
+        generated = generate_texts(
+            model, processor, MANY, batch_size=2, overlap=overlap, max_new_tokens=7, eos_token_id=None, **arguments
+        )
+        texts.append(generated.texts)
+        assert generated.new_tokens == len(generated.texts) * 7
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 1
+
+
+def test_next_batch_is_read_while_one_is_written(pair):
+    """The SLM's first step waits for the next batch to be read, which would be forever if that came later."""
+    model, processor = pair
+    reads, threads = [threading.Event() for _ in range(3)], []
+
+    def note_read(*_):
+        reads[len(threads)].set()
+        threads.append(threading.current_thread())
+
+    handle = reading_part(model).register_forward_pre_hook(note_read)
+    batches = [processor(text=[prompt], return_tensors="pt") for prompt in MANY[:3]]
+    written = []
+
+    def wait_for_next(input_ids, scores):
+        assert reads[min(len(written) + 1, 2)].wait(timeout=60), "the next batch is not read meanwhile"
+        return scores
+
+    for output in generate_batches(
+        model, iter(batches), overlap=True, max_new_tokens=2, logits_processor=[wait_for_next]
+    ):
+        written.append(output)
+    handle.remove()
+    assert len(written) == len(threads) == 3
+    assert len(set(threads)) == 1 and threads[0] is not threading.current_thread()
+
+
+@pytest.mark.parametrize(("overlap", "ahead"), [(False, 0), (True, 1)])
+def test_batches_are_taken_as_they_are_needed(small, overlap, ahead):
+    """A stream without an end can be served: no more than one batch ahead of what is written."""
+    model, processor = small
+    taken = []
+
+    def stream():
+        for number in itertools.count():
+            taken.append(number)
+            yield processor(text=[MANY[number % 5]], return_tensors="pt")
+
+    outputs = generate_batches(model, stream(), overlap=overlap, max_new_tokens=2)
+    for number in range(3):
+        next(outputs)
+        assert number < len(taken) <= number + 1 + ahead
+    outputs.close()  # waits for what is being read
+    assert len(taken) == 3 + ahead
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_errors_of_reading_reach_the_caller(small, overlap):
+    """What was read before is written before."""
+    model, processor = small
+    good = processor(text=MANY[:1], return_tensors="pt")
+    empty = {"input_ids": torch.zeros(1, 0, dtype=torch.long)}
+    outputs = generate_batches(model, [good, empty], overlap=overlap, max_new_tokens=2)
+    assert next(outputs).shape[0] == 1
+    with pytest.raises(ValueError, match="The prompt is empty"):
+        next(outputs)
+
+
+def test_reading_thread_keeps_no_gradients(small, monkeypatch):
+    model, processor = small
+    prompts, generate = [], model.generate
+
+    def note_prompt(prompt, **kwargs):
+        prompts.append(prompt)
+        return generate(prompt=prompt, **kwargs)
+
+    monkeypatch.setattr(model, "generate", note_prompt)
+    list(generate_batches(model, [processor(text=MANY[:1], return_tensors="pt")], overlap=True, max_new_tokens=2))
+    assert model.projector.training is False and any(p.requires_grad for p in model.projector.parameters())
+    assert [prompt.prompt_states.requires_grad for prompt in prompts] == [False]

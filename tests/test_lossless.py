@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import json
+import pathlib
+import sys
 
 import pytest
 import torch
@@ -17,7 +21,16 @@ from transformers import (
 )
 
 from transformers_llm2slm import LLM2SLMForConditionalGeneration
-from transformers_llm2slm.lossless import MAX_DRAFT, best_draft_length, generate_lossless, writing_parameters
+from transformers_llm2slm.lossless import (
+    EXPLORE_AFTER,
+    MAX_DRAFT,
+    PRIOR_RATE,
+    STRETCH,
+    DraftLength,
+    best_draft_length,
+    generate_lossless,
+    writing_parameters,
+)
 
 # Both kinds of LLM with both kinds of SLM; every fusion; encoder kept and skipped; sliding windows; layers below the last.
 LOSSLESS_PAIRS = [
@@ -127,22 +140,28 @@ def chi_square(counts, probabilities):
     return ((counts - expected) ** 2 / expected).sum().item()
 
 
-def test_samples_are_the_llms_own():
-    """The second and third tokens of many samples have the LLM's distribution, not the SLM's that they were drafted by."""
-    size, num_samples = 6, 800
-    make = LlamaConfig(
-        vocab_size=size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+def small_vocabulary_pair(size):
+    """An LLM and a model with an SLM that knows nothing of it, with distributions that are far from uniform and each other."""
     models = []
-    for seed in (0, 1):
+    for seed, num_hidden_layers in ((0, 6), (1, 1)):
+        make = LlamaConfig(
+            vocab_size=size, hidden_size=16, intermediate_size=16, num_hidden_layers=num_hidden_layers,
+            num_attention_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
         torch.manual_seed(seed)
         models.append(AutoModelForCausalLM.from_config(make).eval())
         for parameter in models[-1].parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.35)
     llm, slm = models
-    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(copy.deepcopy(llm), slm, fusion="replace")
+    return llm, LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(copy.deepcopy(llm), slm, fusion="replace")
+
+
+@pytest.mark.parametrize("draft_length", [None, 2])
+def test_samples_are_the_llms_own(draft_length):
+    """The second and third tokens of many samples have the LLM's distribution, not the SLM's that they were drafted by."""
+    size, num_samples = 6, 800
+    llm, model = small_vocabulary_pair(size)
     ids = torch.tensor([[1, 2, 3]])
 
     @torch.no_grad()
@@ -155,15 +174,13 @@ def test_samples_are_the_llms_own():
         return joint.sum(0), (joint.reshape(-1, 1) * after_two).sum(0)
 
     torch.manual_seed(7)
-    samples = torch.cat(
-        [
-            generate_lossless(
-                model, llm, {"input_ids": ids}, max_new_tokens=3, do_sample=True, num_assistant_tokens=2,
-                top_k=0,
-            )
-            for _ in range(num_samples)
-        ]
-    )  # fmt: skip
+    options = {"max_new_tokens": 4, "do_sample": True, "top_k": 0, "return_dict_in_generate": True}
+    if draft_length is not None:
+        options["num_assistant_tokens"] = draft_length
+    outputs = [generate_lossless(model, llm, {"input_ids": ids}, **options) for _ in range(num_samples)]
+    drafted, accepted = (sum(getattr(o, name) for o in outputs) for name in ("num_drafted", "num_accepted"))
+    assert num_samples < drafted and 0.1 < accepted / drafted < 0.9
+    samples = torch.cat([output.sequences for output in outputs])
     for position, probabilities in zip((1, 2), marginals(), strict=True):
         counts = torch.bincount(samples[:, position], minlength=size).float()
         # Five degrees of freedom: beyond 25.7 in one of ten thousand runs.
@@ -172,13 +189,156 @@ def test_samples_are_the_llms_own():
         assert chi_square(counts, uniform) > 25.7  # the test can tell distributions apart
 
 
-def test_draft_length_follows_acceptance():
-    """Theorem 3.8 of the paper: never accepted, one; always accepted and cheap, as long as may be."""
-    assert best_draft_length(0.0, 0.1) == 1
+# The draft length ----------------------------------------------------------------------------------------------------------
+def test_best_draft_length():
+    """Theorem 3.8 of the paper, and what it takes for drafting to pay at all."""
+    assert best_draft_length(0.0, 0.1) == 0
+    assert best_draft_length(0.0, 0.1, shortest=1) == 1
     assert best_draft_length(1.0, 0.01) == MAX_DRAFT
-    assert best_draft_length(0.8, 1.0) == 1
+    assert best_draft_length(0.8, 1.0) == 0
     lengths = [best_draft_length(rate / 10, 0.1) for rate in range(11)]
     assert lengths == sorted(lengths) and lengths[7] in (3, 4, 5)
+    # By hand, for a = 0.7 and c = 0.3: three tokens bring 2.533 in 1.5 + 0.9, two bring 2.19 in 1.5 + 0.6, and none 1 in 1.
+    assert best_draft_length(0.7, 0.3, verification=1.5) == 3
+    assert best_draft_length(0.6, 0.3, verification=1.5) == 0  # 1.96 tokens in 2.1
+
+
+def lengths_of(schedule, rounds, rate, draft=0.2, alone=1.0, verify=1.5):
+    """The lengths that a schedule chooses where a share `rate` of the drafts is right as a whole and the rest at once wrong."""
+    lengths = []
+    for number in range(rounds):
+        lengths.append(schedule.choose())
+        if length := lengths[-1]:
+            right = int((number + 1) * rate) > int(number * rate)
+            schedule.add_draft(length if right else 0, length if right else 1)
+            schedule.add_time("draft", draft)
+        schedule.add_time("verify" if length else "alone", verify if length else alone)
+    return lengths
+
+
+def test_drafts_are_as_long_as_pays():
+    """The first pass is measured without a draft. Then good drafts get longer, and bad ones end, but for a try now and then."""
+    good = lengths_of(DraftLength(cost=0.2, timed=True), 40, rate=1.0)
+    assert good[0] == 0 < good[1] < good[2] <= good[3] == MAX_DRAFT
+    assert [number for number, length in enumerate(good) if length == 0] == [
+        0,
+        1 + EXPLORE_AFTER,
+        2 + 2 * EXPLORE_AFTER,
+    ]
+    schedule = DraftLength(cost=0.2, timed=True)
+    bad = lengths_of(schedule, 4 * (EXPLORE_AFTER + 1), rate=0.0)
+    assert 4 <= sum(length > 0 for length in bad) <= 6
+    assert MAX_DRAFT in lengths_of(schedule, 8 * EXPLORE_AFTER, rate=1.0)  # they have become good
+
+
+def test_times_decide_where_they_are_measured():
+    """What parameters promise doesn't count where the clock says otherwise, nor a single disturbed pass."""
+    lengths = lengths_of(DraftLength(cost=0.05, timed=True), 12, rate=1.0, draft=0.95, verify=1.0)
+    assert lengths[:2] == [0, STRETCH * best_draft_length(PRIOR_RATE, 0.05)] and lengths[-1] == 0
+    lengths = lengths_of(DraftLength(cost=0.95, timed=True), 40, rate=1.0, draft=0.05, verify=1.0)
+    assert lengths[-1] == MAX_DRAFT
+    schedule = DraftLength(cost=0.2, timed=True)
+    lengths_of(schedule, 12, rate=1.0)
+    before = schedule.best(shortest=0)
+    for kind in ("draft", "verify"):
+        schedule.add_time(kind, 1000.0)
+    assert schedule.best(shortest=0) == before > 0
+    untimed, same = DraftLength(cost=0.2, timed=False), DraftLength(cost=0.2, timed=False)
+    assert lengths_of(untimed, 40, 0.7) == lengths_of(same, 40, 0.7, draft=9.0, verify=99.0)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_output_does_not_depend_on_the_clock(zoo, monkeypatch, do_sample):
+    """Draft lengths follow the clock, greedy tokens don't; and with a seed, samples repeat, drafts and all."""
+    llm = whole_llm(zoo, Pair("llama", "llama", "add"))
+    model = nearly_the_llm(llm, 0.02)
+    with torch.no_grad():
+        model.slm.lm_head.weight.mul_(30.0)  # else it is never sure, and drafts single tokens
+    written, drafted = [], []
+    add_time = DraftLength.add_time
+    for draft in (0.01, 0.5, 2.0):
+        seconds = {"draft": draft, "alone": 1.0, "verify": 1.0}
+        monkeypatch.setattr(
+            DraftLength, "add_time", lambda self, kind, _, seconds=seconds: add_time(self, kind, seconds[kind])
+        )
+        torch.manual_seed(0)
+        outputs = generate_lossless(
+            model, llm, {"input_ids": torch.tensor([[5, 6, 7]])}, max_new_tokens=40, min_new_tokens=40,
+            do_sample=do_sample, return_dict_in_generate=True,
+        )  # fmt: skip
+        written.append(outputs.sequences)
+        drafted.append((outputs.num_drafted, outputs.num_accepted))
+    assert all(torch.equal(written[0], other) for other in written)
+    assert drafted[0][0] > 0 and (len(set(drafted)) == 1) == do_sample
+
+
+def test_a_draft_ends_where_the_drafter_is_unsure(zoo):
+    """A tiny untrained model gives no token 20 %, so drafts are one token long, unless their length is given."""
+    llm = whole_llm(zoo, Pair("llama", "llama", "add"))
+    model = nearly_the_llm(llm, 0.0)
+    sure = nearly_the_llm(llm, 0.0)
+    with torch.no_grad():
+        sure.slm.lm_head.weight.mul_(1000.0)
+    options = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": True, "top_k": 0, "temperature": 1.0}
+    lengths = {}
+    for name, drafter, given in (
+        ("unsure", model, {}),
+        ("given", model, {"num_assistant_tokens": 4}),
+        ("sure", sure, {}),
+    ):
+        passes = []
+        hook = llm.register_forward_pre_hook(
+            lambda _, args, kwargs, passes=passes: passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        torch.manual_seed(0)
+        generate_lossless(drafter, llm, {"input_ids": torch.tensor([[5, 6, 7]])}, **options, **given)
+        hook.remove()
+        lengths[name] = [length - 1 for length in passes[1:]]
+    assert max(lengths["unsure"]) == 1 and lengths["given"][0] == 4 and max(lengths["sure"]) > 1
+
+
+def test_a_draft_that_ends_the_response_is_counted(zoo):
+    """An end-of-sequence token that was drafted and accepted counts, so a drafter that is never wrong has a rate of 1."""
+    llm = whole_llm(zoo, Pair("llama", "llama", "add"))
+    model = nearly_the_llm(llm, 0.0)
+    ids = torch.tensor([[5, 6, 7]])
+    free = own_output(llm, ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)[0].tolist()
+    end = next(index for index in range(3, 12) if free[index] not in free[:index])
+    outputs = generate_lossless(
+        model, llm, {"input_ids": ids}, max_new_tokens=12, do_sample=False, eos_token_id=free[end],
+        num_assistant_tokens=8, return_dict_in_generate=True,
+    )  # fmt: skip
+    assert outputs.sequences[0].tolist() == free[: end + 1]
+    assert outputs.num_drafted == outputs.num_accepted == end  # all but the first, which comes with the reading
+
+
+def test_no_more_is_drafted_than_the_slm_has_positions_for(zoo):
+    """The LLM goes on alone."""
+    pair = LOSSLESS_PAIRS[5]
+    llm = whole_llm(zoo, pair)
+    limit = 24
+    small = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(zoo.sources(pair)[1], max_position_embeddings=limit)
+    ).eval()
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(copy.deepcopy(llm), small, fusion="replace")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    positions = []
+    small.transformer.wpe.register_forward_pre_hook(lambda _, args: positions.append(int(args[0].max())))
+    options = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
+    expected = own_output(llm, ids, **options)
+    assert torch.equal(generate_lossless(model, llm, {"input_ids": ids}, num_assistant_tokens=3, **options), expected)
+    assert limit - 3 <= max(positions) < limit
+
+
+def test_the_slm_computes_logits_for_one_token(zoo):
+    """Not for the prompt, nor for the token before the last one where a step takes two."""
+    llm = whole_llm(zoo, Pair("llama", "llama", "add"))
+    model = nearly_the_llm(llm, 0.0)
+    shapes = []
+    model.slm.lm_head.register_forward_hook(lambda _, args, output: shapes.append(output.shape[1]))
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "num_assistant_tokens": 3}
+    generate_lossless(model, llm, {"input_ids": torch.tensor([[5, 6, 7]])}, **options)
+    assert len(shapes) >= 6 and set(shapes) == {1}
 
 
 def test_parameters_that_a_step_reads(zoo):
@@ -286,9 +446,41 @@ def test_lossless_errors(zoo, tmp_path):
     one = {key: value[:1] for key, value in batch.items()}
     with pytest.raises(ValueError, match="without beams, got `num_beams=2`"):
         whole.generate(**one, mode="lossless", num_beams=2, max_new_tokens=4)
+    with pytest.raises(ValueError, match="the output would not be the LLM's own"):
+        whole.generate(**one, mode="lossless", assistant_ensemble_weight=0.5, max_new_tokens=4)
     body = AutoModel.from_pretrained(llm)
     with pytest.raises(ValueError, match="A LlamaModel can't verify what the SLM drafts: it has no LM head"):
         AutoModelForSeq2SeqLM.from_pretrained(tmp_path, load_llm="whole", llm_model=body)
     bert = zoo.sources(Pair("bert", "t5", "replace"))
     with pytest.raises(ValueError, match="does not hold the whole LLM BertLMHeadModel: missing cls"):
         LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(*bert, fusion="replace", load_llm="whole")
+
+
+# The benchmark -------------------------------------------------------------------------------------------------------------
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not part of a release")
+@pytest.mark.parametrize("exact", [True, False])
+def test_benchmark(monkeypatch, tmp_path, exact):
+    """It reports equal tokens, one reading and a sound distribution; and where tokens differ, it says so and fails."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    benchmark = importlib.import_module("lossless")
+    output = tmp_path / "lossless.json"
+    options = "--count 2 --new-tokens 10 --samples 40 --assisted-count 1 --small --output".split()
+    monkeypatch.setattr(sys, "argv", ["lossless.py", *options, str(output)])
+    if not exact:
+        own_tokens = benchmark.own_tokens
+        monkeypatch.setattr(benchmark, "own_tokens", lambda *args, **kwargs: own_tokens(*args, **kwargs) ^ 1)
+    assert benchmark.main() == (0 if exact else 1)
+    report = json.loads(output.read_text())
+    assert report["lossless"] == exact and set(report["greedy"]) == set(report["samples"])
+    for result in report["greedy"].values():
+        assert result["tokens"] == 20 and result["prompt_read_once"] and result["most_readings"] == 1
+        if exact:
+            assert result["differing"] == 0
+        else:
+            # The lowest bit of each token is another, so that the LLM finds it less probable than what it wrote.
+            assert result["differences"][0]["position"] == 0 and result["differences"][0]["logit gap"] < 0
+    for result in report["samples"].values():
+        assert result["passed"] and result["second_token_against_uniform"]["p"] < result["second_token"]["p"]

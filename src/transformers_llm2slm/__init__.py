@@ -6,6 +6,7 @@ Importing this package registers its model with the Auto classes and the task `t
 from .configuration_llm2slm import LLM2SLMConfig
 from .data_collator import LLM2SLMDataCollator
 from .distillation import LogitDistillationMixin
+from .exported import LLM2SLMExportedModel
 from .fit import fit_projector, fit_slm_embeddings
 from .llm_states_cache import cache_error, cache_llm_states
 from .lora import lora_config
@@ -23,6 +24,7 @@ register()
 __all__ = [
     "LLM2SLMConfig",
     "LLM2SLMDataCollator",
+    "LLM2SLMExportedModel",
     "LLM2SLMForConditionalGeneration",
     "LLM2SLMModel",
     "LLM2SLMModelCardMixin",

@@ -118,6 +118,11 @@ def check_checkpoint(name_or_path: str | os.PathLike | None, kwargs: dict[str, A
         with building(f"The configuration of {name!r}", ValueError, OSError):
             config, _ = PreTrainedConfig.get_config_dict(name if config is None else config, **place)
         check_config(config, LLM2SLMConfig)
+    if config.get("export") is not None:
+        raise ValueError(
+            f"{name!r} is an export, whose graphs are no weights of this class. Load it with `LLM2SLMExportedModel.from_pretrained` "
+            "or `AutoModel.from_pretrained`."
+        )
     llm = config.get("llm_name_or_path")
     if finds_llm and llm is not None and not config.get("llm_in_checkpoint"):
         check_llm_source(llm, os.path.isdir(name))

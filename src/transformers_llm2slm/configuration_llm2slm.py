@@ -87,6 +87,8 @@ class LLM2SLMConfig(IncludesCode, PreTrainedConfig):
         llm_quantization_config (`dict`, *optional*): How the LLM is quantised, while it is loaded or by its files.
         llm_in_checkpoint (`bool`, defaults to `False`): Whether the checkpoint holds the LLM in its `llm/` subfolder.
         slm_name_or_path (`str`, *optional*), slm_revision (`str`, *optional*): Where the SLM came from (for the record).
+        export (`dict`, *optional*): Of an exported model, its `format`, whether it is in `int8`, and `cache_shapes`: for
+            `keys` and `values`, heads and head size of each layer.
         format_version (`int`), llm2slm_version (`str`): The format of the configuration, and the version of this library
             that wrote it; a file always holds those of the version that saves it.
 
@@ -126,6 +128,7 @@ class LLM2SLMConfig(IncludesCode, PreTrainedConfig):
     llm_in_checkpoint: bool = False
     slm_name_or_path: str | os.PathLike | None = None
     slm_revision: str | None = None
+    export: dict | None = None
     format_version: int = FORMAT_VERSION
     llm2slm_version: str | None = __version__
     # Text in, text out, whatever the SLM: Seq2SeqTrainer and the pipelines ask this.

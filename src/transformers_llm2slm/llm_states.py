@@ -68,8 +68,10 @@ def hidden_states(
     """
     if num_layers is not None:
         layers = [layer % (num_layers + 1) for layer in layers]
-        # A forward pass that is left half way would leave shards gathered.
-        if max(layers) < num_layers and not any(isinstance(module, FSDPModule) for module in body.modules()):
+        # A forward pass that is left half way would leave shards gathered; and a trace, which drops what it does not need
+        # by itself, can't be left.
+        whole = torch.compiler.is_compiling() or any(isinstance(module, FSDPModule) for module in body.modules())
+        if max(layers) < num_layers and not whole:
             if (reached := _layer_inputs(body, layers, num_layers, inputs)) is not None:
                 return reached
         if set(layers) == {num_layers}:

@@ -7,39 +7,117 @@ the projector its states. Verification is transformers' own; only the candidates
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 from transformers.generation.candidate_generator import CandidateGenerator
 
+from .configuration_llm2slm import decoder_text_config
 from .llm_states import recorded_states
 from .prompt import LLM2SLMPrompt, check_prompt_length, without_prompt_length
-from .structure import embed_tokens
+from .structure import accepts, embed_tokens, position_limit
 
 if TYPE_CHECKING:
     from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 
-# The longest draft, and the acceptance rate to begin with, of the weight of so many tokens.
+# The longest draft; the acceptance rate to begin with, and of how many tokens' weight that is.
 MAX_DRAFT, PRIOR_RATE, PRIOR_TOKENS = 16, 0.7, 4.0
+# What is left of the weight of older drafts with each new one; of how many passes the median time is taken.
+MEMORY, TIMED_PASSES = 0.95, 9
+# After so many rounds with drafts one without, and the other way round: the way that is not gone is not measured.
+EXPLORE_AFTER = 16
+# A draft ends with a token that the drafter gives less than this probability, and may be so many times the best length else.
+UNSURE, STRETCH = 0.2, 2
 
 
-def best_draft_length(acceptance_rate: float, cost: float) -> int:
+def best_draft_length(acceptance_rate: float, cost: float, verification: float = 1.0, shortest: int = 0) -> int:
     """
     The draft length at which most tokens are written in a given time.
 
     Args:
         acceptance_rate (`float`): The probability that a drafted token is accepted, in [0, 1].
-        cost (`float`): Time of a step of the drafter, as a share of that of the verifier.
+        cost (`float`): Time of a step of the drafter, as a share of that of the verifier when it writes alone.
+        verification (`float`): Time of a pass of the verifier over a draft, as such a share. It is 1 where reading the weights
+            is what takes time, and about 1.5 where, as on most CPUs, one token has faster kernels than several.
+        shortest (`int`): The shortest draft to consider.
 
     Returns:
-        The number of tokens k that maximises (1 - a^(k+1)) / (1 - a) / (1 + k c), which is the expected number of tokens over
-        the time of a round (Leviathan et al., 2023, theorem 3.8).
+        The number of tokens k that maximises (1 - a^(k+1)) / (1 - a) / (v + k c), which is the expected number of tokens over
+        the time of a round (Leviathan et al., 2023, theorem 3.8, where v = 1); 0 where the verifier alone is faster.
     """
     rate = min(max(acceptance_rate, 0.0), 0.999)
-    return max(range(1, MAX_DRAFT + 1), key=lambda k: (1 - rate ** (k + 1)) / (1 - rate) / (1 + k * cost))
+
+    def tokens_per_time(k: int) -> float:
+        return (1 - rate ** (k + 1)) / (1 - rate) / (verification + k * cost if k else 1.0)
+
+    return max(range(shortest, MAX_DRAFT + 1), key=tokens_per_time)
+
+
+class DraftLength:
+    """
+    How many tokens to draft next, from how many were accepted and how long everything took.
+
+    [`best_draft_length`] takes one token for as likely to be accepted as another. As a draft ends where the drafter is unsure,
+    which is mostly where it is wrong, what is drafted further is better than that, and pays for longer.
+
+    Args:
+        cost (`float`): Time of a step of the drafter, as a share of that of the verifier, as long as it is not measured.
+        timed (`bool`): Whether to measure times. Without, the lengths are a matter of the tokens alone, and so repeat.
+    """
+
+    def __init__(self, cost: float, timed: bool):
+        self.cost, self.timed = cost, timed
+        self.accepted, self.seen = PRIOR_RATE * PRIOR_TOKENS, PRIOR_TOKENS
+        self.seconds: dict[str, deque[float]] = {
+            kind: deque(maxlen=TIMED_PASSES) for kind in ("draft", "alone", "verify")
+        }
+        self.drafting, self.rounds_alike = False, 0
+
+    def choose(self) -> int:
+        """How long the next draft may be; 0 for none."""
+        if self.timed and not self.seconds["alone"]:
+            length = 0
+        else:
+            length = self.best(shortest=0)
+            if self.rounds_alike >= EXPLORE_AFTER and self.drafting == (length > 0):
+                length = 0 if self.drafting and self.timed else self.best(shortest=1)
+        self.rounds_alike = self.rounds_alike + 1 if self.drafting == (length > 0) else 1
+        self.drafting = length > 0
+        return min(STRETCH * length, MAX_DRAFT)
+
+    def best(self, shortest: int) -> int:
+        rate = self.accepted / self.seen
+        if not self.seconds["alone"]:
+            return best_draft_length(rate, self.cost, shortest=shortest)
+        alone = statistics.median(self.seconds["alone"])
+        verify = statistics.median(self.seconds["verify"] or [alone])
+        draft = statistics.median(self.seconds["draft"] or [alone * self.cost])
+        # A pass over less can't take longer: what looks like it was disturbed.
+        alone = min(alone, verify)
+        return best_draft_length(rate, draft / alone, verify / alone, shortest)
+
+    def add_draft(self, num_accepted: int, num_seen: int) -> None:
+        """Count a draft of which `num_seen` tokens were looked at, up to the first wrong one, and `num_accepted` accepted."""
+        self.accepted = MEMORY * self.accepted + num_accepted
+        self.seen = MEMORY * self.seen + num_seen
+
+    def add_time(self, kind: str, seconds: float) -> None:
+        """Count the time of a step of the drafter (`"draft"`), or of a pass of the verifier, `"alone"` or to `"verify"`."""
+        if self.timed:
+            self.seconds[kind].append(seconds)
 
 
 class SLMCandidateGenerator(CandidateGenerator):
@@ -54,7 +132,7 @@ class SLMCandidateGenerator(CandidateGenerator):
         start_token_id (`int`, *optional*): The token that an encoder-decoder SLM starts from.
         generation_config (`GenerationConfig`): The LLM's for this call.
         logits_processor (`LogitsProcessorList`): The LLM's for this call; the drafts are shaped by it too.
-        cost (`float`): Time of a step of the SLM, as a share of that of the LLM.
+        cost (`float`): Time of a step of the SLM, as a share of that of the LLM, as long as it is not measured.
         draft_length (`int`, *optional*): Draft always so many tokens.
     """
 
@@ -73,17 +151,24 @@ class SLMCandidateGenerator(CandidateGenerator):
         self.slm, self.read_prompt, self.context_length, self.vocab_size = slm, read_prompt, context_length, vocab_size
         self.start_token_id = start_token_id
         self.generation_config, self.logits_processor = generation_config, logits_processor
-        self.cost, self.draft_length = cost, draft_length
+        eos = getattr(generation_config, "_eos_token_tensor", None)
+        self.eos_token_ids = set() if eos is None else set(eos.flatten().tolist())
+        self.position_limit = position_limit(decoder_text_config(slm.config), slm)
+        self.draft_length = draft_length
+        self.schedule = DraftLength(cost, timed=not generation_config.do_sample)
+        # transformers calls it `past_key_values` up to 5.23.
+        self.cache_argument = "cache" if accepts(slm.forward, "cache") else "past_key_values"
+        self.options: dict[str, Any] = {"use_cache": True, "return_dict": True}
+        if accepts(slm.forward, "logits_to_keep"):
+            self.options["logits_to_keep"] = 1
         self.prompt: dict[str, Any] | None = None
         self.cache: Any = None
         self.cached: list[int] = []  # tokens of the response that the cache holds
+        self.has_read = False  # whether the LLM has
         self.num_drafted = self.num_accepted = 0
-        self.drafted = 0  # in this round
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Share of the drafted tokens that were looked at and accepted, from a prior that its first tokens outweigh."""
-        return (self.num_accepted + PRIOR_RATE * PRIOR_TOKENS) / (self.num_drafted + PRIOR_TOKENS)
+        # Of this round: the draft, where it begins in the LLM's tokens, and when it was ready (in seconds).
+        self.draft: list[int] = []
+        self.begin, self.drafted_at = 0, 0.0
 
     def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -92,80 +177,103 @@ class SLMCandidateGenerator(CandidateGenerator):
 
         Returns:
             `input_ids` with the draft behind them, and the scores `(1, draft_length, vocab_size)` that it was drawn by;
-            without a draft, `None`.
+            `None` for these where nothing was drawn.
         """
-        self.drafted = 0
-        room = self.generation_config.max_length - input_ids.shape[1] - 1
-        length = min(self.draft_length or best_draft_length(self.acceptance_rate, self.cost), room)
-        if self.prompt is None:
-            self.prompt = self.read_prompt()
-        if self.prompt is None or length < 1:
-            return input_ids, None
-        response = input_ids[:, self.context_length :].to(self.slm.device)
-        self.rewind(response[0].tolist())
-        new, scores = response[:, len(self.cached) :], []
+        self.draft, self.begin, scores = [], input_ids.shape[1], []
+        response = input_ids[0, self.context_length :].tolist()
+        length = self.length(len(response))
+        if length > 0:
+            self.rewind(response)
+        new = response[len(self.cached) :]
         for _ in range(length):
-            logits = self.step(new).to(input_ids.device)
-            scores.append(self.logits_processor(input_ids, logits))
+            start = time.perf_counter()
+            logits = self.logits_processor(input_ids, self.step(new).to(input_ids.device))
+            probabilities = logits.softmax(dim=-1)
             if self.generation_config.do_sample:
-                token = torch.multinomial(scores[-1].softmax(dim=-1), num_samples=1)
+                scores.append(logits)
+                token = torch.multinomial(probabilities, num_samples=1)
             else:
-                token = scores[-1].argmax(dim=-1, keepdim=True)
+                token = logits.argmax(dim=-1, keepdim=True)
             input_ids = torch.cat([input_ids, token], dim=1)
-            self.drafted += 1
-            new = token.to(self.slm.device)
-            if self.ends(token):
+            self.draft.append(int(token))
+            # After a draft that was accepted as a whole, a step takes two tokens; one that takes more is catching up.
+            if len(new) <= 2 and len(self.cached) > len(new):
+                self.schedule.add_time("draft", time.perf_counter() - start)
+            new = self.draft[-1:]
+            unsure = self.draft_length is None and float(probabilities[0, token]) < UNSURE
+            if unsure or new[0] in self.eos_token_ids:
                 break
-        return input_ids, torch.stack(scores, dim=1)
+        self.drafted_at = time.perf_counter()
+        return input_ids, torch.stack(scores, dim=1) if scores else None
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
-        """Count what was accepted. A draft is looked at up to its first wrong token."""
-        self.num_accepted += int(num_matches)
-        self.num_drafted += min(int(num_matches) + 1, self.drafted)
+        """Count what was accepted, and how long the LLM took. A draft is looked at up to its first wrong token."""
+        if self.has_read:
+            self.schedule.add_time("verify" if self.draft else "alone", time.perf_counter() - self.drafted_at)
+        self.has_read = True
+        if self.draft:
+            # `num_matches` leaves out the last one of a draft that ends the response.
+            accepted = num_equal(self.draft, input_ids[0, self.begin :].tolist())
+            seen = min(accepted + 1, len(self.draft))
+            self.schedule.add_draft(accepted, seen)
+            self.num_accepted += accepted
+            self.num_drafted += seen
 
-    def ends(self, token: torch.Tensor) -> bool:
-        eos = getattr(self.generation_config, "_eos_token_tensor", None)
-        return eos is not None and bool(torch.isin(token, eos.to(token.device)).any())
+    def length(self, response_length: int) -> int:
+        """How many tokens to draft after a response of so many: none before the LLM has read, or where there is no room."""
+        if self.prompt is None:
+            self.prompt = self.read_prompt()
+        if self.prompt is None:
+            return 0
+        length = self.schedule.choose() if self.draft_length is None else self.draft_length
+        room = self.generation_config.max_length - self.context_length - response_length - 1
+        if self.position_limit is not None:
+            prompt_length = 1 if self.start_token_id is not None else self.prompt["inputs_embeds"].shape[1]
+            room = min(room, self.position_limit - prompt_length - response_length)
+        return min(length, room)
 
     def rewind(self, response: list[int]) -> None:
         """Take from the cache what is not of the response. The last token stays out of it: its successor is asked for."""
-        same = 0
-        for first, second in zip(self.cached, response[:-1], strict=False):
-            if first != second:
-                break
-            same += 1
+        same = num_equal(self.cached, response[:-1])
         if self.cache is not None:
             self.cache.crop(same - len(self.cached))
         self.cached = self.cached[:same]
 
-    def step(self, new: torch.Tensor) -> torch.Tensor:
+    def step(self, new: list[int]) -> torch.Tensor:
         """
-        Logits `(1, vocab_size)` after the response's tokens `new` of shape `(1, number)`, in the LLM's vocabulary.
+        Logits `(1, vocab_size)` after the response's tokens `new`, in the LLM's vocabulary.
 
         What one of the two vocabularies lacks can't be drafted.
         """
-        prompt = dict(self.prompt or {})
-        seq2seq = self.slm.config.is_encoder_decoder
-        tokens = new
-        if self.cache is None:
-            self.cache = DynamicCache(config=self.slm.config.get_text_config(decoder=True))
-            self.cache.activate_past_recording()
-            if seq2seq:
-                self.cache = EncoderDecoderCache(self.cache, DynamicCache())
-                tokens = torch.cat([new.new_tensor([[self.start_token_id]]), new], dim=1)
-            else:
-                prompt["inputs_embeds"] = torch.cat([prompt["inputs_embeds"], embed_tokens(self.slm, new)], dim=1)
-        if seq2seq:
+        prompt = self.prompt or {}
+        tokens = torch.tensor([new], dtype=torch.long, device=self.slm.device)
+        if self.slm.config.is_encoder_decoder:
+            if self.cache is None:
+                tokens = torch.tensor([[self.start_token_id, *new]], device=self.slm.device)
             inputs = prompt | {"decoder_input_ids": tokens}
-        elif self.cache.get_seq_length() == 0:
-            inputs = {"inputs_embeds": prompt["inputs_embeds"]}
+        elif self.cache is None:
+            inputs = {"inputs_embeds": torch.cat([prompt["inputs_embeds"], embed_tokens(self.slm, tokens)], dim=1)}
         else:
             inputs = {"input_ids": tokens}
-        outputs = self.slm(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
-        self.cached += new[0].tolist()
+        if self.cache is None:
+            self.cache = self.new_cache()
+        outputs = self.slm(**inputs, **{self.cache_argument: self.cache}, **self.options)
+        self.cached += new
         logits = outputs.logits[:, -1].float()
         missing = self.vocab_size - logits.shape[-1]
-        return torch.nn.functional.pad(logits, (0, max(missing, 0)), value=float("-inf"))[:, : self.vocab_size]
+        return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
+
+    def new_cache(self) -> Cache:
+        """An empty cache of the SLM's, from which tokens can be taken again."""
+        cache: Cache = DynamicCache(config=self.slm.config.get_text_config(decoder=True))
+        cache.activate_past_recording()
+        return EncoderDecoderCache(cache, DynamicCache()) if self.slm.config.is_encoder_decoder else cache
+
+
+def num_equal(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    pairs = zip(first, second, strict=False)
+    return next((index for index, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
 
 
 def writing_parameters(model: PreTrainedModel) -> int:
@@ -198,20 +306,24 @@ def generate_lossless(
     """
     The LLM's own output, drafted by the SLM.
 
+    The drafts are as long as pays, by how many of their tokens were accepted in this call and by how long the SLM's steps and
+    the LLM's passes took in it; where no draft pays, the LLM writes alone, and one is tried now and then. Which tokens are
+    written does not depend on it when they are the LLM's most probable ones. When they are sampled, their distribution doesn't
+    but the single tokens do; so there times are not measured but taken from the numbers of parameters, and a seed repeats.
+
     Args:
         model: The LLM-to-SLM model.
         llm: The whole LLM, whose reading part is the model's.
         prompt: What the processor makes of one prompt.
         generation_config: Defaults to the LLM's.
-        args, kwargs: Arguments of `generate`. `num_assistant_tokens` drafts always so many tokens; by default the length follows
-            the share of accepted ones.
+        args, kwargs: Arguments of `generate`. `num_assistant_tokens` drafts always so many tokens.
 
     Returns:
         What the LLM's `generate` returns, response only. With `return_dict_in_generate=True` also `num_drafted` and
         `num_accepted`, the tokens that were drafted (up to the first wrong one of each draft) and accepted.
 
     Raises:
-        ValueError: for more than one prompt, or for beams.
+        ValueError: for more than one prompt, for beams, or for `assistant_ensemble_weight`.
     """
     ids, mask = prompt.get("input_ids"), prompt.get("attention_mask")
     if ids is None:
@@ -254,6 +366,11 @@ def generate_lossless(
         def make(
             *_: Any, generation_config: GenerationConfig, logits_processor: LogitsProcessorList, **__: Any
         ) -> Any:
+            if getattr(generation_config, "assistant_ensemble_weight", None) is not None:
+                raise ValueError(
+                    "`assistant_ensemble_weight` mixes the drafter's distribution into the LLM's, so the output would not be "
+                    "the LLM's own. Leave it out for lossless generation."
+                )
             drafters.append(
                 SLMCandidateGenerator(
                     model.slm,

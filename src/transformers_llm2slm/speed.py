@@ -1,15 +1,18 @@
-"""How fast a model writes, beside others, under the same conditions."""
+"""How fast a model writes, beside others, under the same conditions; and how fast the memory would let it."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from transformers import EncoderDecoderCache, PreTrainedModel
 
 from .measurements import SPEED, Record
+from .structure import accepts
 
 if TYPE_CHECKING:
     from .modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -39,13 +42,13 @@ def measure_speed(
     """
     if new_tokens < 2 or rounds < 1:
         raise ValueError(f"Speed takes at least 2 new tokens and 1 round, got {new_tokens} and {rounds}.")
-    times: dict[str, list[list[float]]] = {name: [] for name in writers}
-    for _ in range(rounds + 1):
-        for name, write in writers.items():
-            times[name].append([seconds_of(lambda w=write, n=n: w(n)) for n in (1, new_tokens)])  # type: ignore[misc]
+    tasks = {
+        name: {str(n): lambda write=write, n=n: write(n) for n in (1, new_tokens)} for name, write in writers.items()
+    }
+    times_in_rounds(tasks, 1)
     figures: dict[str, dict[str, float]] = {}
-    for name, pairs in times.items():
-        first, total = zip(*pairs[1:], strict=True)
+    for name, times in times_in_rounds(tasks, rounds).items():
+        first, total = times.values()
         further = [(t - f) / (new_tokens - 1) for f, t in zip(first, total, strict=True)]
         seconds = statistics.median(total)
         compared = next(iter(figures.values()), {"total, s": seconds})["total, s"]
@@ -59,6 +62,45 @@ def measure_speed(
             "times the LLM": compared / seconds,
         }
     return figures
+
+
+def times_in_rounds(
+    tasks: Mapping[str, Mapping[str, Callable[[], Any]]],
+    rounds: int,
+    max_seconds: float = float("inf"),
+    min_rounds: int = 1,
+    pause: float = 0.0,
+) -> dict[str, dict[str, list[float]]]:
+    """
+    Time what several contestants do: every round runs everything of each once, so that a load of the machine meets all.
+
+    Args:
+        tasks (`Mapping[str, Mapping[str, Callable[[], Any]]]`): For each contestant its tasks, by name. Nothing is run to warm up.
+        rounds (`int`): The most rounds.
+        max_seconds (`float`, *optional*): Begin no round after so many seconds, beyond `min_rounds`.
+        min_rounds (`int`, defaults to 1): Rounds that are run however long they take.
+        pause (`float`, defaults to 0): Seconds to wait before each contestant, as the threads of the one before may still spin.
+
+    Returns:
+        Seconds of each task of each contestant, one for every round.
+    """
+    times: dict[str, dict[str, list[float]]] = {name: {task: [] for task in own} for name, own in tasks.items()}
+    began = time.perf_counter()
+    for index in range(rounds):
+        if index >= min_rounds and time.perf_counter() - began > max_seconds:
+            break
+        for name, own in tasks.items():
+            if pause:
+                time.sleep(pause)
+            for task, run in own.items():
+                times[name][task].append(seconds_of(run))
+    return times
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """`median`, `min` and `max`."""
+    values = list(values)
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def seconds_of(function: Callable[[], Any], repeats: int = 1) -> float:
@@ -115,4 +157,108 @@ def speed_beside_llm(
     return {"kind": SPEED, "settings": settings, "figures": measure_speed(writers, new_tokens, rounds)}
 
 
-__all__ = ["measure_speed", "seconds_of", "speed_beside_llm"]
+# The limit ---------------------------------------------------------------------------------------------------------------
+def memory_bandwidth(size: int = 512 * 2**20, passes: int = 5) -> float:
+    """Bytes per second at which torch's threads read memory: the median of some passes over `size` bytes, after one."""
+    block = torch.ones(size // 4, dtype=torch.float32)
+    times = [seconds_of(block.sum) for _ in range(passes + 1)]
+    return size / statistics.median(times[1:])
+
+
+class Decoding:
+    """
+    Steps of a decoder without the loop of `generate`: the model's forward pass over new tokens, behind what it has read.
+
+    Args:
+        model (`PreTrainedModel`): A model that writes, or one that behaves so.
+        inputs (`Mapping[str, Any]`): The prompt as its `forward` takes it; `encoder_outputs` for an encoder-decoder. None of it
+            may be padding.
+    """
+
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any]):
+        seq2seq = model.config.is_encoder_decoder
+        self.model, self.tokens = model, "decoder_input_ids" if seq2seq else "input_ids"
+        self.options: dict[str, Any] = {"use_cache": True, "return_dict": True}
+        if accepts(model.forward, "logits_to_keep"):
+            self.options["logits_to_keep"] = 1
+        batch_size = len(next(value for value in inputs.values() if isinstance(value, torch.Tensor)))
+        self.new = torch.zeros((batch_size, 1), dtype=torch.long, device=model.device)  # which ones does not matter
+        prompt = dict(inputs) | ({self.tokens: self.new} if seq2seq else {})
+        with torch.no_grad():
+            outputs = model(**prompt, **self.options)
+        # transformers calls it `past_key_values` up to 5.23, and the argument too.
+        self.cache = outputs["cache"] if "cache" in outputs else outputs["past_key_values"]
+        self.options["cache" if accepts(model.forward, "cache") else "past_key_values"] = self.cache
+        if seq2seq:
+            self.options |= {name: inputs[name] for name in ("encoder_outputs", "attention_mask")}
+
+    @torch.no_grad()
+    def step(self, count: int = 1) -> Any:
+        """What a pass over so many new tokens gives."""
+        return self.model(**{self.tokens: self.new.expand(-1, count)}, **self.options)
+
+    def cache_bytes(self) -> int:
+        """Bytes of the cache, that of the cross-attention included."""
+        caches = [self.cache]
+        if isinstance(self.cache, EncoderDecoderCache):
+            caches = [self.cache.self_attention_cache, self.cache.cross_attention_cache]
+        tensors = [value for cache in caches for layer in cache.layers for value in vars(layer).values()]
+        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+
+def step_bytes(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    new_tokens: int,
+    dtype: torch.dtype | None = None,
+    int8_block: int | None = None,
+) -> dict[str, float]:
+    """
+    What a decoding step must read at least: the weights of every module that it runs (of embeddings it reads a few rows, and
+    keys and values of the cross-attention are there already), and the cache.
+
+    Args:
+        model, inputs: As for [`Decoding`].
+        new_tokens (`int`): Tokens to write. The cache grows; what is told is its mean over the steps after the first token.
+        dtype (`torch.dtype`, *optional*): Count weights and cache in this precision; by default in that of the model.
+        int8_block (`int`, *optional*): Count matrices as int8, with a float32 scale for so many weights in a row; 0 for one
+            scale a row.
+
+    Returns:
+        `dict[str, float]`: bytes of `weights`, of the `cache`, and of both, the `total`.
+    """
+    decoding, used = Decoding(model, inputs), []
+    after_first = decoding.cache_bytes()
+    hooks = [module.register_forward_hook(lambda it, *_: used.append(it)) for module in model.modules()]
+    try:
+        decoding.step()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    growth = decoding.cache_bytes() - after_first
+    read = {
+        id(parameter): parameter
+        for module in used
+        if not isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+    weights = 0.0
+    for parameter in read.values():
+        size: float = (dtype or parameter.dtype).itemsize
+        if int8_block is not None and parameter.dim() > 1:
+            size = 1 + torch.float32.itemsize / (int8_block or parameter.shape[-1])
+        weights += parameter.numel() * size
+    cache = (after_first + growth * new_tokens / 2) * (dtype or model.dtype).itemsize / model.dtype.itemsize
+    return {"weights": weights, "cache": cache, "total": weights + cache}
+
+
+__all__ = [
+    "Decoding",
+    "measure_speed",
+    "memory_bandwidth",
+    "seconds_of",
+    "speed_beside_llm",
+    "spread",
+    "step_bytes",
+    "times_in_rounds",
+]

@@ -12,9 +12,12 @@ from rich.console import Console
 from typer import Argument, Option
 
 from .arguments import integers
+from .bench import bench
 from .cache import cache
 from .card import card
+from .estimate import estimate
 from .evaluate import evaluate
+from .export import export
 from .shared import (
     LOADING,
     CacheDir,
@@ -265,3 +268,6 @@ app.command()(cache)
 app.command()(train)
 app.command()(evaluate)
 app.command()(card)
+app.command()(export)
+app.command()(bench)
+app.command()(estimate)

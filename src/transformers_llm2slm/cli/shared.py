@@ -142,6 +142,8 @@ def load(
     """The model on its device, and its processor."""
     import torch
 
+    from ..configuration_llm2slm import LLM2SLMConfig
+    from ..exported import LLM2SLMExportedModel
     from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
     from ..processing_llm2slm import LLM2SLMProcessor
     from ..reference import pin_revision
@@ -155,6 +157,12 @@ def load(
     pin_revision(model, hub)
     check_checkpoint(model, **hub)
     processor = LLM2SLMProcessor.from_pretrained(model, **hub)
+    if LLM2SLMConfig.from_pretrained(model, **hub).export is not None:
+        if options or load_llm == "whole":
+            raise ValueError(
+                f"{model!r} is an export, which holds the LLM and comes in the precision that it was made in."
+            )
+        return LLM2SLMExportedModel.from_pretrained(model, **hub), processor
     loaded = LLM2SLMForConditionalGeneration.from_pretrained(model, load_llm=load_llm, **options, **hub)
     if device is None:
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"

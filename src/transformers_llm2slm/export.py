@@ -1,0 +1,148 @@
+"""Export: a model as graphs for ONNX Runtime or OpenVINO, which take a decoding step to near what the memory's bandwidth allows.
+
+A model becomes four graphs, traced and converted by `transformers.exporters`: one reads a prompt (LLM, projector, fusion and,
+where the SLM has one, its encoder), one makes of it what every step needs, or embeds tokens, and one is the SLM's step. Keys and
+values go in and out of the step, so that they are where transformers' `generate` expects them.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from .configuration_llm2slm import check_choice
+from .evaluation import require_extra
+from .export_graphs import ATTENTION, exporting, graphs_of
+from .exported import LLM2SLMExportedModel, check_export
+from .loading import quantization_of
+
+if TYPE_CHECKING:
+    from transformers.exporters import ExportedModel
+
+    from .modeling_llm2slm import LLM2SLMForConditionalGeneration
+
+logger = logging.getLogger(__name__)
+
+Format = Literal["onnx", "openvino"]
+PACKAGES = {"onnx": ("onnxruntime", "onnxscript"), "openvino": ("openvino", "nncf")}
+# Weights that share a scale. A float32 scale for 128 costs 3 % of the size and keeps rounding local.
+INT8_BLOCK = 128
+# How far logits may be from the model's, as a share of their largest.
+LIMITS = {"float32": 1e-3, "int8": 0.2}
+
+
+def export_model(
+    model: LLM2SLMForConditionalGeneration, folder: str | os.PathLike, format: str = "onnx", int8: bool = False
+) -> LLM2SLMExportedModel:
+    """See [`~LLM2SLMForConditionalGeneration.export`]."""
+    check_choice("format", format, get_args(Format))
+    require_extra(format, *PACKAGES[format])
+    if model.llm is None:
+        raise ValueError(
+            "An export reads prompts too, but this model was loaded without its LLM (`load_llm=False`). Load it with its LLM."
+        )
+    folder = Path(folder)
+    if any(folder.glob("*.safetensors")):
+        raise ValueError(f"{str(folder)!r} holds a checkpoint. Export to another folder, or to a subfolder of it.")
+    model = in_float32(model)
+    failures: list[Exception] = []
+    for attention in (ATTENTION, "eager"):  # the first is faster; a family may need more of an attention than it gives
+        try:
+            trace(model, format, int8, attention).save_pretrained(folder)
+            exported = LLM2SLMExportedModel.from_pretrained(folder)
+            difference = check_export(model, exported)
+            limit = LIMITS["int8" if int8 else "float32"]
+            if not difference <= limit:
+                raise ValueError(f"its logits differ by {difference:.2g} of their largest, more than {limit:g}.")
+            return exported
+        except Exception as error:  # whatever torch.export, a converter or a runtime raises
+            logger.info("The export with %s attention failed.", attention, exc_info=True)
+            failures.append(error)
+    reason = (str(failures[0]).strip() or "no message").splitlines()[0]
+    raise RuntimeError(
+        f"A {type(model.slm).__name__} behind a {type(model.llm).__name__} could not be exported as {format}: "
+        f"{type(failures[0]).__name__}: {reason:.300} The model itself runs as before. Try the other format, or newer "
+        "releases of transformers and the runtime."
+    ) from failures[0]
+
+
+def in_float32(model: LLM2SLMForConditionalGeneration) -> LLM2SLMForConditionalGeneration:
+    """
+    The model in eval mode, on the CPU and in float32, in which graphs are traced: itself, or a copy.
+
+    Raises:
+        ValueError: for a quantised LLM.
+    """
+    if model.llm is not None and quantization_of(model.llm) is not None:
+        raise ValueError(
+            f"The LLM's weights are quantised ({(quantization_of(model.llm) or {}).get('quant_method')}), which no graph takes. "
+            "Load it in full precision, and export with `int8=True` for a small graph."
+        )
+    model.eval()
+    if all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters()):
+        return model
+    return copy.deepcopy(model).to("cpu", torch.float32)
+
+
+def trace(model: LLM2SLMForConditionalGeneration, format: str, int8: bool, attention: str) -> ExportedModel:
+    """The graphs of a model in float32, converted."""
+    from transformers.exporters import ExportedComponent, ExportedModel, OnnxExporter, OpenVINOExporter
+
+    exporter = {"onnx": OnnxExporter, "openvino": OpenVINOExporter}[format]()
+    components = {}
+    with exporting(model.slm, attention):
+        graphs = graphs_of(model)
+        for name, graph in graphs.items():
+            options: dict[str, Any] = {"ort_fusions": "cpu"} if format == "onnx" else {"stateful": False}
+            if int8 and name != "embed":
+                options["quantizer"] = int8_weights(format)
+            options["dynamic_shapes"] = graph.dynamic_shapes
+            config = exporter.config_class(**options)
+            components[name] = ExportedComponent(*exporter.export_program(graph.module, graph.inputs, config))
+    step = graphs["step"].inputs
+    shapes = {name: [[tensor.shape[1], tensor.shape[3]] for tensor in step[name]] for name in ("keys", "values")}
+    config = copy.deepcopy(model.config)
+    config.export = {"format": format, "int8": int8, "cache_shapes": shapes}
+    return ExportedModel(components, format, config=config, generation_config=model.generation_config)
+
+
+def int8_weights(format: str) -> Any:
+    """A quantiser of transformers' exporters that keeps the matrices of a graph in int8, and activations as they are."""
+    if format == "openvino":
+        import nncf
+        from transformers.exporters import NNCFOpenVINOQuantizer, NNCFWeightCompressionConfig
+
+        return NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig(mode=nncf.CompressWeightsMode.INT8_SYM))
+
+    import onnx
+    import onnx_ir
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+    from transformers.exporters import ExportQuantizer
+
+    class MatMulInt8Quantizer(ExportQuantizer):
+        """Each constant matrix in int8, by blocks of its columns that share a scale, as `MatMulNBits` multiplies them."""
+
+        supported_formats = ("onnx",)
+
+        def quantize(self, model: Any, sample_inputs: dict[str, Any], export_format: str) -> Any:
+            config = DefaultWeightOnlyQuantConfig(INT8_BLOCK, is_symmetric=True, accuracy_level=4, bits=8)
+            with tempfile.TemporaryDirectory() as folder:  # files, since a protobuf message ends at 2 GB
+                path = Path(folder, "model.onnx")
+                onnx_ir.save(model, path, external_data="model.onnx.data")
+                quantizer = MatMulNBitsQuantizer(onnx.load(path), algo_config=config)
+                quantizer.process()
+                quantizer.model.save_model_to_file(str(Path(folder, "int8.onnx")), True)
+                quantized = onnx_ir.load(Path(folder, "int8.onnx"))
+                onnx_ir.external_data.load_to_model(quantized)
+            return quantized
+
+    return MatMulInt8Quantizer()
+
+
+__all__ = ["Format", "export_model"]

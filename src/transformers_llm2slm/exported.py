@@ -1,0 +1,348 @@
+"""Exported models: graphs that a runtime runs, behind the `generate` of transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
+
+from .configuration_llm2slm import LLM2SLMConfig
+from .evaluation import require_extra
+from .export_graphs import cache_tensors, filled_cache
+from .generation import LLM2SLMGenerationMixin
+from .modeling_llm2slm import LLM2SLMPreTrainedModel
+from .prompt import LLM2SLMPrompt, prompt_mask
+from .structure import mask_positions, move_padding
+
+if TYPE_CHECKING:
+    from transformers.exporters import ExportedModel
+
+
+class Session:
+    """
+    One graph in its runtime: tensors by name in, tensors by name out. Lists of tensors have a number behind their name.
+
+    Args:
+        runner: A runner of transformers' exporters.
+    """
+
+    def __init__(self, runner: Any):
+        self.runner = runner
+        self.session = getattr(runner, "session", None)
+        if self.session is not None:
+            # Bound here, since the runner makes and looks up everything anew in each call, which a step is too short for.
+            self.binding = self.session.io_binding()
+            self.inputs = [spec.name for spec in self.session.get_inputs()]
+            self.outputs = [spec.name for spec in self.session.get_outputs()]
+
+    def __call__(self, **tensors: torch.Tensor | list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.session is None:
+            outputs = self.runner(**tensors)
+            return {name: tensor for key in outputs for name, tensor in flat(key, outputs[key]).items()}
+        given = {name: tensor for key, value in tensors.items() for name, tensor in flat(key, value).items()}
+        kept = []  # alive until the graph has run
+        for name in self.inputs:
+            tensor = given[name].contiguous()
+            # A null pointer, as an empty tensor has, is refused.
+            held = tensor if tensor.numel() else tensor.new_empty(1)
+            kept.append(held)
+            self.binding.bind_input(name, "cpu", 0, ELEMENT_TYPES[tensor.dtype], tuple(tensor.shape), held.data_ptr())
+        for name in self.outputs:
+            self.binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(self.binding)
+        values = self.binding.get_outputs()
+        return {
+            name: torch.from_dlpack(value._ortvalue.to_dlpack())
+            for name, value in zip(self.outputs, values, strict=True)
+        }
+
+
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
+# ONNX's names of dtypes, as numbers: `onnx.TensorProto.FLOAT` and `INT64`.
+ELEMENT_TYPES = {torch.float32: 1, torch.int64: 7}
+
+
+def thread_options(format: str, threads: int) -> dict[str, Any]:
+    """What a runner of this format takes to run on so many threads."""
+    if format == "openvino":
+        # Left to itself, OpenVINO computes in bfloat16 where the processor can.
+        return {"config": {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}}
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return {"session_options": options}
+
+
+def flat(name: str, value: torch.Tensor | list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A tensor by its name; a list by its name and places."""
+    return {name: value} if isinstance(value, torch.Tensor) else {f"{name}.{i}": item for i, item in enumerate(value)}
+
+
+# The SLM -----------------------------------------------------------------------------------------------------------------
+class ExportedSLM(PreTrainedModel, GenerationMixin):
+    """
+    The SLM of an exported model: transformers' own `generate` over a step that a runtime takes. Its logits are those after
+    the last token only, of shape `(batch_size, 1, vocab_size)`.
+
+    Args:
+        config (`PreTrainedConfig`): The SLM's.
+        sessions (`Mapping[str, Session]`): The graphs `step`, and `cross` or `embed`.
+        cache_shapes (`Mapping[str, list[list[int]]]`): For `keys` and `values`, heads and head size of each layer.
+    """
+
+    main_input_name = "input_ids"
+
+    def __init__(self, config: Any, sessions: Mapping[str, Session], cache_shapes: Mapping[str, list[list[int]]]):
+        super().__init__(config)
+        self.sessions, self.cache_shapes = sessions, cache_shapes
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, with a cache that keeps all of every layer, as the graphs take it."""
+        config = kwargs.get("generation_config") or self.generation_config
+        implementation = kwargs.get("cache_implementation") or config.cache_implementation
+        if implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"An exported model keeps a dynamic cache, got `cache_implementation={implementation!r}`."
+            )
+        if kwargs.get("cache") is None:
+            seq2seq = self.config.is_encoder_decoder
+            kwargs["cache"] = EncoderDecoderCache(DynamicCache(), DynamicCache()) if seq2seq else DynamicCache()
+        return super().generate(*args, **kwargs)
+
+    def step(self, cache: DynamicCache, batch_size: int, **inputs: Any) -> torch.Tensor:
+        """Logits after new tokens, whose keys and values `cache` takes."""
+        if not cache.layers:
+            past = {
+                name: [torch.zeros((batch_size, heads, 0, size)) for heads, size in shapes]
+                for name, shapes in self.cache_shapes.items()
+            }
+            cache.layers = filled_cache(**past).layers
+        outputs = self.sessions["step"](**inputs, **cache_tensors(cache))
+        for index, layer in enumerate(cache.layers):
+            layer.keys, layer.values = outputs[f"new_keys.{index}"], outputs[f"new_values.{index}"]
+        return outputs["logits"]
+
+
+class ExportedSeq2SeqSLM(ExportedSLM):
+    """An encoder-decoder SLM. Its encoder is in the graph that reads prompts, so it takes `encoder_outputs`."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        decoder_input_ids: torch.Tensor = None,  # type: ignore[assignment]
+        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput:
+        cache = cache if cache is not None else past_key_values
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if cache is None else cache
+        states = encoder_outputs[0]
+        own, cross = cache.self_attention_cache, cache.cross_attention_cache
+        if not cross.layers:
+            made = self.sessions["cross"](prompt_states=states)
+            tensors = [[made[f"cross_{name}.{i}"] for i in range(len(made) // 2)] for name in ("keys", "values")]
+            cross.layers = filled_cache(*tensors).layers
+            cache.is_updated = dict.fromkeys(range(len(cross.layers)), True)
+        mask = torch.ones(states.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
+        fixed = {"attention_mask": mask, **cache_tensors(cross, "cross_")}
+        for token in decoder_input_ids.split(1, dim=1):  # the graph takes one at a time
+            logits = self.step(own, len(token), decoder_input_ids=token, **fixed)
+        return Seq2SeqLMOutput(logits=logits, past_key_values=cache)
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "The SLM's encoder is in the graph that reads prompts: pass `prompt=` or the prompt's tokens."
+        )
+
+
+class ExportedCausalSLM(ExportedSLM):
+    """A decoder-only SLM."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        cache: DynamicCache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        cache = cache if cache is not None else past_key_values
+        cache = DynamicCache() if cache is None else cache
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("The SLM takes `input_ids` or `inputs_embeds`, got neither.")
+            inputs_embeds = self.sessions["embed"](input_ids=input_ids)["inputs_embeds"]
+        batch_size, length = inputs_embeds.shape[:2]
+        if attention_mask is None:
+            attention_mask = torch.ones((batch_size, cache.get_seq_length() + length), dtype=torch.long)
+        if position_ids is None:
+            position_ids = mask_positions(attention_mask)[:, -length:]
+        logits = self.step(
+            cache,
+            batch_size,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids.expand(batch_size, -1),
+        )
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+
+# The whole ---------------------------------------------------------------------------------------------------------------
+class ExportedParts(nn.Module):
+    """What [`LLM2SLMModel`] is to [`LLM2SLMForConditionalGeneration`]: reading and the SLM."""
+
+    llm = whole_llm = None
+
+    def __init__(self, config: LLM2SLMConfig, session: Session, slm: ExportedSLM):
+        super().__init__()
+        self.config, self.session, self.slm = config, session, slm
+
+    def encode_prompt(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        slm_input_ids: torch.Tensor | None = None,
+        slm_attention_mask: torch.Tensor | None = None,
+        alignment: torch.Tensor | None = None,
+    ) -> LLM2SLMPrompt:
+        """
+        Read a batch of prompts. Arguments as for [`LLM2SLMModel.encode_prompt`], tokens only.
+
+        Returns:
+            [`LLM2SLMPrompt`]. For an SLM with an encoder its states are what that encoder made of the fused prompt.
+        """
+        mask = prompt_mask(self.config, None, input_ids, attention_mask, None)
+        reads = {
+            "input_ids": move_padding(input_ids, mask, "right"),  # type: ignore[arg-type]  # or prompt_mask raised
+            "attention_mask": move_padding(mask, mask, "right"),
+        }
+        mask = reads["attention_mask"]
+        if self.config.fusion == "align":
+            if slm_input_ids is None or alignment is None:
+                raise ValueError(
+                    '`fusion="align"` needs the prompt in both token views. Make it with the processor of the same model.'
+                )
+            own = torch.ones_like(slm_input_ids) if slm_attention_mask is None else slm_attention_mask
+            views = {"slm_input_ids": slm_input_ids, "slm_attention_mask": own, "alignment": alignment}
+            reads |= {name: move_padding(view, own, "right") for name, view in views.items()}
+            mask = reads["slm_attention_mask"]
+        return LLM2SLMPrompt(prompt_states=self.session(**reads)["prompt_states"], attention_mask=mask)
+
+    def slm_prompt(self, prompt: LLM2SLMPrompt) -> dict[str, Any]:
+        """The arguments by which the SLM's `generate` takes a prompt."""
+        states, mask = prompt.prompt_states, prompt.attention_mask
+        if self.slm.config.is_encoder_decoder:
+            return {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
+        states, mask = (move_padding(tensor, mask, "left") for tensor in (states, mask))
+        return {"inputs_embeds": states, "attention_mask": mask}
+
+
+class LLM2SLMExportedModel(LLM2SLMGenerationMixin, LLM2SLMPreTrainedModel):
+    """
+    An LLM-to-SLM model as graphs of ONNX Runtime or OpenVINO, made by [`~LLM2SLMForConditionalGeneration.export`]. It reads
+    and writes as the model does, with the same arguments, and can't be trained.
+    """
+
+    def __init__(self, exported: ExportedModel):
+        super().__init__(exported.config)
+        self.exported = exported
+        sessions = {name: Session(runner) for name, runner in exported.runners.items()}
+        slm_class = ExportedSeq2SeqSLM if exported.config.slm_config.is_encoder_decoder else ExportedCausalSLM
+        slm = slm_class(exported.config.slm_config, sessions, exported.config.export["cache_shapes"])
+        self.model = ExportedParts(exported.config, sessions["prompt"], slm)
+        self.generation_config = exported.generation_config
+
+    @property
+    def slm(self) -> ExportedSLM:
+        """The SLM, which writes."""
+        return self.model.slm
+
+    @property
+    def llm(self) -> None:
+        """There is none: the graph that reads prompts holds its weights."""
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> LLM2SLMPrompt:
+        """See [`ExportedParts.encode_prompt`]."""
+        return self.model.encode_prompt(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *, num_threads: int | None = None, **kwargs: Any
+    ) -> LLM2SLMExportedModel:
+        """
+        Load an exported model.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id or local folder.
+            num_threads (`int`, *optional*): Threads of the runtime; by default as many as torch uses.
+            kwargs (*optional*): `revision`, `subfolder`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Raises:
+            ValueError: for an export of something else.
+            ImportError: without the runtime.
+        """
+        from transformers.exporters import ExportedModel
+
+        config = LLM2SLMConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if config.export is None:
+            raise ValueError(
+                f"{str(pretrained_model_name_or_path)!r} is no export, which `model.export(folder)` or `llm2slm export` makes. "
+                "Load it with `AutoModel.from_pretrained`."
+            )
+        require_extra(config.export["format"], RUNTIMES[config.export["format"]])
+        threads = torch.get_num_threads() if num_threads is None else num_threads
+        options = thread_options(config.export["format"], threads)
+        return cls(ExportedModel.from_pretrained(pretrained_model_name_or_path, device="cpu", **options, **kwargs))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save the graphs and their configuration; `push_to_hub` and its arguments as for any `save_pretrained`."""
+        self.exported.save_pretrained(save_directory, **kwargs)
+
+
+@torch.no_grad()
+def check_export(model: Any, exported: LLM2SLMExportedModel) -> float:
+    """
+    Compare an exported model with its origin, over prompts of unequal lengths and some tokens of a response.
+
+    Returns:
+        The largest difference of logits, as a share of their largest.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = min(model.llm.get_input_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0])
+    ids = torch.randint(vocabulary, (2, 12), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, 8:] = 0
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if model.config.fusion == "align":
+        inputs |= {"slm_input_ids": ids, "slm_attention_mask": mask, "alignment": torch.arange(12).expand(2, -1)}
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
+        "num_beams": 1,
+        "eos_token_id": None,
+    }
+    options |= {"pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+    expected, found = (writer.generate(**inputs, **options) for writer in (model, exported))
+    agreed = (expected.sequences == found.sequences).all(dim=0).long().cumprod(dim=0)
+    steps = 1 + int(agreed[-len(expected.logits) :].sum())  # behind another token, other logits are no error
+    pairs = list(zip(expected.logits, found.logits, strict=True))[:steps]
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)

@@ -1,0 +1,197 @@
+"""Exported models: equal to their origin, with all that `generate` offers, saved, loaded and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROMPTS, Pair, Zoo
+from transformers import AutoModel, AutoProcessor, pipeline
+
+from transformers_llm2slm import LLM2SLMExportedModel, LLM2SLMForConditionalGeneration
+from transformers_llm2slm.cli import main
+from transformers_llm2slm.export_graphs import ATTENTION, export_attention, exporting, graphs_of
+from transformers_llm2slm.exported import check_export
+
+pytest.importorskip("onnxruntime")
+
+GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": 1}
+# Both kinds of SLM, of several families; both kinds of LLM; every fusion; an encoder of the SLM that is skipped.
+EXPORTED = (
+    Pair("t5", "t5", "add"),
+    Pair("t5", "t5", "replace", (("slm_encoder", "skip"),)),
+    Pair("bert", "bart", "align"),
+    Pair("llama", "llama", "align"),
+    Pair("llama", "gpt2", "llm-embed"),
+    Pair("qwen3", "gemma3", "add", (("llm_layer", (1, 2)),)),
+)
+
+
+@pytest.fixture(scope="module", params=EXPORTED, ids=str)
+def exported(request: pytest.FixtureRequest, zoo: Zoo, tmp_path_factory: pytest.TempPathFactory):
+    """The model, its processor, and what was exported of it for ONNX Runtime, loaded from its folder."""
+    model, processor = zoo.compose(request.param)
+    folder = tmp_path_factory.mktemp("exported")
+    model.export(folder)
+    processor.save_pretrained(folder)
+    return model, processor, LLM2SLMExportedModel.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of the smallest pair in int8, with its processor."""
+    model, processor = zoo.compose(Pair("t5", "t5", "add"))
+    folder = tmp_path_factory.mktemp("int8")
+    model.export(folder, int8=True)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_exported_model_gives_the_logits_of_its_origin_over_padded_prompts(exported):
+    model, processor, graphs = exported
+    for side in ("left", "right"):
+        processor.tokenizer.padding_side = processor.llm_tokenizer.padding_side = side
+        inputs = processor(text=PROMPTS, padding=True, return_tensors="pt")
+        options = GREEDY | {"return_dict_in_generate": True, "output_logits": True}
+        expected, found = (writer.generate(**inputs, **options) for writer in (model, graphs))
+        assert torch.equal(expected.sequences, found.sequences)
+        for first, second in zip(expected.logits, found.logits, strict=True):
+            torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)
+
+
+def test_exported_model_takes_what_generate_takes(exported):
+    model, processor, graphs = exported
+    inputs = processor(text=PROMPTS, padding=True, return_tensors="pt")
+    for options in (
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "top_k": 5},
+        {"repetition_penalty": 1.5},
+    ):
+        torch.manual_seed(0)
+        expected = model.generate(**inputs, **GREEDY | options)
+        torch.manual_seed(0)
+        assert torch.equal(graphs.generate(**inputs, **GREEDY | options), expected), options
+
+
+def test_prompt_is_read_apart_from_writing(exported):
+    model, processor, graphs = exported
+    inputs = processor(text=PROMPTS, padding=True, return_tensors="pt")
+    prompt = graphs.encode_prompt(**inputs)
+    assert prompt.prompt_states.shape[:2] == prompt.attention_mask.shape
+    assert torch.equal(graphs.generate(prompt=prompt, **GREEDY), model.generate(**inputs, **GREEDY))
+
+
+def test_int8_is_near_and_a_fraction_of_the_bytes(small, folder, tmp_path):
+    model, processor = small
+    model.export(tmp_path / "float32")
+    rounded, exact = (LLM2SLMExportedModel.from_pretrained(path) for path in (folder, tmp_path / "float32"))
+    assert check_export(model, exact) < 1e-5
+    assert 1e-5 < check_export(model, rounded) < 0.1
+
+    def matrix_bytes(path: Path, name: str) -> int:
+        return (path / f"{name}.onnx.data").stat().st_size
+
+    assert matrix_bytes(folder, "cross") < 0.5 * matrix_bytes(tmp_path / "float32", "cross")
+    assert rounded.config.export["int8"] is True and exact.config.export["int8"] is False
+
+
+def test_auto_classes_and_pipeline_load_an_export(folder, small):
+    model, processor = small
+    loaded = AutoModel.from_pretrained(folder)
+    assert isinstance(loaded, LLM2SLMExportedModel)
+    inputs = AutoProcessor.from_pretrained(folder)(text=PROMPTS, padding=True, return_tensors="pt")
+    tokens = loaded.generate(**inputs, **GREEDY)
+    assert tokens.shape == (len(PROMPTS), 9)
+    writer = pipeline("text2text-generation", model=str(folder))
+    texts = [answer["generated_text"] for answer in writer(PROMPTS, **GREEDY)]
+    assert texts == processor.batch_decode(tokens, skip_special_tokens=True)
+
+
+def test_export_is_saved_again(folder, tmp_path, small):
+    _, processor = small
+    first = LLM2SLMExportedModel.from_pretrained(folder, num_threads=1)
+    first.save_pretrained(tmp_path)
+    inputs = processor(text=PROMPTS[:1], return_tensors="pt")
+    again = LLM2SLMExportedModel.from_pretrained(tmp_path)
+    assert torch.equal(again.generate(**inputs, **GREEDY), first.generate(**inputs, **GREEDY))
+    assert first.exported.runners["step"].session.get_session_options().intra_op_num_threads == 1
+
+
+def test_openvino(small_causal, tmp_path):
+    pytest.importorskip("openvino")
+    model, processor = small_causal
+    graphs = model.export(tmp_path, format="openvino")
+    inputs = processor(text=PROMPTS, padding=True, return_tensors="pt")
+    for options in ({}, {"num_beams": 2}):
+        assert torch.equal(
+            graphs.generate(**inputs, **GREEDY | options), model.generate(**inputs, **GREEDY | options)
+        )
+
+
+def test_command_line_exports_and_generates(small, tmp_path, capsys):
+    model, processor = small
+    model.save_pretrained(tmp_path / "model", save_llm=True)
+    processor.save_pretrained(tmp_path / "model")
+
+    def run(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        assert ended.value.code == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    assert "seconds" in run("export", tmp_path / "model", tmp_path / "graphs")
+    manifest = json.loads((tmp_path / "graphs" / "export.json").read_text())
+    assert manifest["components"].keys() == {"prompt", "cross", "step"}
+    answers = [
+        run("generate", tmp_path / name, PROMPTS[0], "--max-new-tokens", 6) for name in ("model", "graphs")
+    ]
+    assert answers[0] == answers[1] and answers[0].strip()
+
+
+def test_what_is_exported_is_left_as_it_was(small, tmp_path):
+    model, _ = small
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attention, head = model.slm.config._attn_implementation, model.slm.get_output_embeddings().weight
+    with exporting(model.slm, ATTENTION):
+        assert model.slm.config._attn_implementation == ATTENTION
+        assert graphs_of(model)["step"].axes["keys"] == (0, 2)
+    assert model.slm.config._attn_implementation == attention and model.slm.get_output_embeddings().weight is head
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_attention_of_graphs_is_attention():
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 3, 8, generator=generator)
+    key, value = (torch.randn(2, 2, 5, 8, generator=generator) for _ in range(2))
+    mask = torch.randn(2, 1, 3, 5, generator=generator)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
+    found, _ = export_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(found.transpose(1, 2), expected)
+
+
+def test_what_cannot_be_exported_is_refused(small, tmp_path):
+    model, _ = small
+    with pytest.raises(ValueError, match="`format` must be one of 'onnx', 'openvino', got 'tflite'"):
+        model.export(tmp_path, format="tflite")
+    model.save_pretrained(tmp_path / "model", save_llm=True)
+    with pytest.raises(ValueError, match="holds a checkpoint. Export to another folder"):
+        model.export(tmp_path / "model")
+    without = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path / "model", load_llm=False)
+    with pytest.raises(ValueError, match="loaded without its LLM"):
+        without.export(tmp_path / "graphs")
+    with pytest.raises(ValueError, match="is no export"):
+        LLM2SLMExportedModel.from_pretrained(tmp_path / "model")
+
+
+def test_what_an_export_cannot_do_is_refused(folder, small):
+    _, processor = small
+    with pytest.raises(ValueError, match="is an export, whose graphs are no weights of this class"):
+        LLM2SLMForConditionalGeneration.from_pretrained(folder)
+    graphs = LLM2SLMExportedModel.from_pretrained(folder)
+    inputs = processor(text=PROMPTS[:1], return_tensors="pt")
+    with pytest.raises(ValueError, match="keeps a dynamic cache, got `cache_implementation='static'`"):
+        graphs.generate(**inputs, cache_implementation="static")
+    with pytest.raises(ValueError, match="There is no prompt"):
+        graphs.generate()
