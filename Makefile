@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test demo cards lint clean
+.PHONY: help venv test demo bench cards lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +29,9 @@ test: venv ## run the tests in two processes, without the Hub
 
 demo: venv ## run the demonstration
 	$(BIN)/python examples/demo.py
+
+bench: venv ## measure speed on pairs of real sizes: about an hour on 2 idle cores
+	$(BIN)/python benchmarks/speed.py
 
 cards: venv ## write model_cards/ anew, from the recorded results
 	$(BIN)/python benchmarks/model_cards.py

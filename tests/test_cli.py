@@ -105,14 +105,14 @@ def test_version_and_help(run):
     assert code == 0 and out == run("--help")[1]
     assert [
         name
-        for name in ("compose", "info", "generate", "cache", "train", "evaluate", "card")
+        for name in ("compose", "info", "generate", "cache", "train", "evaluate", "card", "export", "bench", "estimate")
         if f"│ {name} " not in out
     ] == []
     assert max(map(len, out.splitlines())) <= 80
 
 
 def test_option_names_are_whole_at_80_columns(run):
-    for command in ("compose", "info", "generate", "train", "evaluate", "card"):
+    for command in ("compose", "info", "generate", "train", "evaluate", "card", "export", "bench", "estimate"):
         code, out, _ = run(command, "--help")
         options = [line for line in out.splitlines() if line.lstrip("│* ").startswith("--")]
         assert code == 0 and len(options) >= 5

@@ -68,7 +68,7 @@ def test_defaults():
             "is_encoder_decoder": True,
         }.items()
     )
-    assert config.keys_to_ignore_at_inference == ["past_key_values"]
+    assert config.keys_to_ignore_at_inference == ["cache", "past_key_values"]
     empty = LLM2SLMConfig()  # `to_diff_dict` needs one without arguments
     assert type(empty.llm_config) is type(empty.slm_config) is T5Config
 

@@ -125,9 +125,7 @@ def test_openvino(small_causal, tmp_path):
     graphs = model.export(tmp_path, format="openvino")
     inputs = processor(text=PROMPTS, padding=True, return_tensors="pt")
     for options in ({}, {"num_beams": 2}):
-        assert torch.equal(
-            graphs.generate(**inputs, **GREEDY | options), model.generate(**inputs, **GREEDY | options)
-        )
+        assert torch.equal(graphs.generate(**inputs, **GREEDY | options), model.generate(**inputs, **GREEDY | options))
 
 
 def test_command_line_exports_and_generates(small, tmp_path, capsys):
@@ -144,9 +142,7 @@ def test_command_line_exports_and_generates(small, tmp_path, capsys):
     assert "seconds" in run("export", tmp_path / "model", tmp_path / "graphs")
     manifest = json.loads((tmp_path / "graphs" / "export.json").read_text())
     assert manifest["components"].keys() == {"prompt", "cross", "step"}
-    answers = [
-        run("generate", tmp_path / name, PROMPTS[0], "--max-new-tokens", 6) for name in ("model", "graphs")
-    ]
+    answers = [run("generate", tmp_path / name, PROMPTS[0], "--max-new-tokens", 6) for name in ("model", "graphs")]
     assert answers[0] == answers[1] and answers[0].strip()
 
 

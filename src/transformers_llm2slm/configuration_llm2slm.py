@@ -103,7 +103,7 @@ class LLM2SLMConfig(IncludesCode, PreTrainedConfig):
         "llm_config": SubConfigSpec(config_class=AutoConfig, model_type="t5"),
         "slm_config": SubConfigSpec(config_class=AutoConfig, model_type="t5"),
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     llm_config: Any = None
     slm_config: Any = None

@@ -11,6 +11,7 @@ import copy
 import logging
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -96,7 +97,8 @@ def trace(model: LLM2SLMForConditionalGeneration, format: str, int8: bool, atten
 
     exporter = {"onnx": OnnxExporter, "openvino": OpenVINOExporter}[format]()
     components = {}
-    with exporting(model.slm, attention):
+    with exporting(model.slm, attention), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.export's own use of what torch deprecates
         graphs = graphs_of(model)
         for name, graph in graphs.items():
             options: dict[str, Any] = {"ort_fusions": "cpu"} if format == "onnx" else {"stateful": False}

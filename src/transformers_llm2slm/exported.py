@@ -163,7 +163,7 @@ class ExportedSeq2SeqSLM(ExportedSLM):
         fixed = {"attention_mask": mask, **cache_tensors(cross, "cross_")}
         for token in decoder_input_ids.split(1, dim=1):  # the graph takes one at a time
             logits = self.step(own, len(token), decoder_input_ids=token, **fixed)
-        return Seq2SeqLMOutput(logits=logits, past_key_values=cache)
+        return Seq2SeqLMOutput(logits=logits, cache=cache)
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
@@ -202,7 +202,7 @@ class ExportedCausalSLM(ExportedSLM):
             attention_mask=attention_mask,
             position_ids=position_ids.expand(batch_size, -1),
         )
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits, cache=cache)
 
 
 # The whole ---------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -28,7 +28,7 @@ from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig, check_choice
 from .generation import LLM2SLMGenerationMixin
 from .llm_states import read_llm_states
 from .loading import HUB_ARGUMENTS, build_slm, freeze, quantization_of, take_prefixed
-from .outputs import LLM2SLMModelOutput, LLM2SLMOutput
+from .outputs import LLM2SLMModelOutput, LLM2SLMOutput, cache_of
 from .projector import LLM2SLMProjector
 from .prompt import LLM2SLMPrompt, check_labels, check_response_length, fuse, prompt_mask
 from .push import PushMixin
@@ -44,9 +44,6 @@ from .structure import (
     reader,
 )
 from .weight_files import building, load_compared, replacing_weights
-
-if TYPE_CHECKING:
-    from .exported import LLM2SLMExportedModel
 
 
 # Models ------------------------------------------------------------------------------------------------------------------
@@ -294,7 +291,7 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
             outputs = self.slm(**inputs, use_cache=use_cache, return_dict=True, **kwargs)
         finally:
             hook.remove()
-        return LLM2SLMModelOutput(last_hidden_state=head_inputs[0], past_key_values=outputs.get("past_key_values"))
+        return LLM2SLMModelOutput(last_hidden_state=head_inputs[0], cache=cache_of(outputs))
 
 
 class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMGenerationMixin, LLM2SLMPreTrainedModel):
@@ -402,8 +399,10 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMGenerationMixin, LLM2SLM
         """
         check_choice("load_llm", load_llm, (True, False, "whole"))
         if getattr(kwargs.get("config"), "export", None) is not None:  # an Auto class has read it
-            from .exported import LLM2SLMExportedModel
-
+            try:
+                from transformers_llm2slm.exported import LLM2SLMExportedModel
+            except ImportError as error:
+                raise ImportError("Exported models need the package transformers-llm2slm.") from error
             names = ("revision", "subfolder", *HUB_ARGUMENTS)
             hub = {key: kwargs[key] for key in names if kwargs.get(key) is not None}
             return LLM2SLMExportedModel.from_pretrained(pretrained_model_name_or_path, **hub)
@@ -455,7 +454,7 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMGenerationMixin, LLM2SLM
         with replacing_weights(save_directory):
             super().save_pretrained(save_directory, *args, **kwargs)
 
-    def export(self, folder: str | os.PathLike, format: str = "onnx", int8: bool = False) -> LLM2SLMExportedModel:
+    def export(self, folder: str | os.PathLike, format: str = "onnx", int8: bool = False) -> Any:
         """
         Export the model as graphs for a runtime, which decodes several times faster than eager PyTorch on CPUs.
 
@@ -474,8 +473,12 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMGenerationMixin, LLM2SLM
             ValueError: for a model without its LLM, or with a quantised one.
             RuntimeError: if it can't be exported, or if the export computes something else.
         """
-        from .export import export_model
-
+        try:  # a checkpoint's copy of the code can't
+            from transformers_llm2slm.export import export_model
+        except ImportError as error:
+            raise ImportError(
+                "Exporting needs the package transformers-llm2slm, and transformers with its exporters (5.23 or newer)."
+            ) from error
         return export_model(self, folder, format, int8)
 
     # Reading and writing ---------------------------------------------------------------------------------------------
@@ -567,7 +570,7 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMGenerationMixin, LLM2SLM
         output = LLM2SLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.get("past_key_values") if use_cache else None,
+            cache=cache_of(outputs) if use_cache else None,
             hidden_states=outputs.get("decoder_hidden_states") or outputs.get("hidden_states"),
             attentions=outputs.get("decoder_attentions") or outputs.get("attentions"),
         )
