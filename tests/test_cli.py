@@ -105,7 +105,18 @@ def test_version_and_help(run):
     assert code == 0 and out == run("--help")[1]
     assert [
         name
-        for name in ("compose", "info", "generate", "cache", "train", "evaluate", "card", "export", "bench", "estimate")
+        for name in (
+            "compose",
+            "info",
+            "generate",
+            "cache",
+            "train",
+            "evaluate",
+            "card",
+            "export",
+            "bench",
+            "estimate",
+        )
         if f"│ {name} " not in out
     ] == []
     assert max(map(len, out.splitlines())) <= 80

@@ -105,7 +105,7 @@ def generate_batches(
         batches (`Iterable[Mapping[str, torch.Tensor]]`): Prompts as the processor returns them. With `overlap` they are taken
             one ahead, in the LLM's thread, where an iterator may tokenize them.
         overlap (`bool`, defaults to `False`): While the SLM writes for a batch, let the LLM read the next one in a thread of
-            its own. The output is the same. It pays where reading is a good part of the work and the SLM leaves some of the
+            its own. The output is the same. It can pay where reading is a good part of the work and the SLM leaves some of the
             hardware idle, or the LLM has hardware of its own. The thread does not see the caller's autocast.
         generate_kwargs: Arguments of `generate`, the same for all batches.
 
