@@ -7,6 +7,7 @@ from typing import Any
 
 from speed_pairs import T5_PAIR
 
+from transformers_llm2slm.cli.bench import COLUMNS
 from transformers_llm2slm.contestants import ENCODE, HYBRID, LLM, LOOKUP, SLM, TOTAL
 
 LLM_BF16, HYBRID_BF16, CT2, COMPILED = (
@@ -71,17 +72,6 @@ def checks(results: dict[str, Any], pairs: list[str]) -> list[dict[str, Any]]:
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
-COLUMNS = (
-    ("encode, s", "encode", 1000, "9.1f"),
-    ("project, s", "project", 1000, "9.2f"),
-    ("first token, s", "first", 1000, "9.1f"),
-    ("token, s", "token", 1000, "9.2f"),
-    ("total, s", "total", 1000, "9.0f"),
-    ("tokens/s", "tokens/s", 1, "9.1f"),
-    ("times the first", "x LLM", 1, "9.2f"),
-)
-
-
 def show(results: dict[str, Any]) -> None:
     """Print the tables: milliseconds and MB where nothing else is said, medians with least and greatest."""
     for pair, stored in results["pairs"].items():
@@ -94,7 +84,7 @@ def show(results: dict[str, Any]) -> None:
             print(f"  {'':30}{headings}{'min-max':>14}{'x limit':>9}{'accepted':>9}{'MB':>8}{'disk, MB':>9}")
             for name, row in measured["figures"].items():
                 line = "".join(
-                    f"{factor * row[key]['median']:{style}}" if key in row else f"{'':9}"
+                    f"{format(factor * row[key]['median'], style):>9}" if key in row else f"{'':9}"
                     for key, _, factor, style in COLUMNS
                 )
                 total = row["total, s"]

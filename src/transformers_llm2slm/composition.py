@@ -91,7 +91,7 @@ def compose(
     llm_model = adopt_llm(whole) if isinstance(llm, PreTrainedModel) or load_llm == "whole" else whole
     if slm_layers is not None:
         slm_model, fields["slm_layers"] = slm_model
-        fields, fusion, projector_init = _defaults_of_cut(llm_model, fields, fusion, projector_init)
+        fields, fusion, projector_init = defaults_of_cut(llm_model, fields, fusion, projector_init)
     elif fields.get("slm_encoder", "keep") == "keep":
         check_can_write(slm_model)
     tokenizers = (llm_source, slm_source, llm_kwargs, slm_kwargs)
@@ -200,7 +200,7 @@ def _with_pad_token(generation_config: GenerationConfig) -> GenerationConfig:
     return generation_config
 
 
-def _defaults_of_cut(
+def defaults_of_cut(
     llm: PreTrainedModel, fields: dict[str, Any], fusion: str | None, projector_init: str | None
 ) -> tuple[dict[str, Any], str | None, str | None]:
     """

@@ -17,9 +17,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from .checkpoint import checkpoint_state_dict
-from .composition import _defaults_of_cut
+from .composition import defaults_of_cut
 from .configuration_llm2slm import LLM2SLMConfig, decoder_text_config, encoder_text_config
-from .loading import _chosen_layers, _decoder_layers, _keep_layers, llm_position_limit, llm_skeleton
+from .loading import cut_config, llm_position_limit, llm_skeleton
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .projector import LLM2SLMProjector
 from .prompt import fuse
@@ -210,11 +210,8 @@ def hybrid_config(
     fusion = None
     llm = skeleton(llm_config, THE_LLM)
     if slm_layers is not None:
-        _, total = _decoder_layers(llm)
-        layers = _chosen_layers(slm_layers, total, evenly=llm_config.is_encoder_decoder)
-        slm_config = copy.deepcopy(llm_config)
-        _keep_layers(slm_config, total, layers)
-        fields, fusion, _ = _defaults_of_cut(llm, fields | {"slm_layers": layers}, None, None)
+        slm_config, layers = cut_config(llm, slm_layers)
+        fields, fusion, _ = defaults_of_cut(llm, fields | {"slm_layers": layers}, None, None)
     skeleton(slm_config, THE_SLM)  # which says what is wrong with it, if anything
     fusion = fusion or ("replace" if fields.get("slm_encoder") == "skip" else "add")
     return LLM2SLMConfig(llm_config=llm_config, slm_config=copy.deepcopy(slm_config), fusion=fusion, **fields)

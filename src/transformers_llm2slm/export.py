@@ -1,6 +1,6 @@
-"""Export: a model as graphs for ONNX Runtime or OpenVINO, which take a decoding step to near what the memory's bandwidth allows.
+"""Export: a model as graphs for ONNX Runtime or OpenVINO, behind the same `generate`.
 
-A model becomes four graphs, traced and converted by `transformers.exporters`: one reads a prompt (LLM, projector, fusion and,
+A model becomes three graphs, traced and converted by `transformers.exporters`: one reads a prompt (LLM, projector, fusion and,
 where the SLM has one, its encoder), one makes of it what every step needs, or embeds tokens, and one is the SLM's step. Keys and
 values go in and out of the step, so that they are where transformers' `generate` expects them.
 """
@@ -44,6 +44,10 @@ def export_model(
     """See [`~LLM2SLMForConditionalGeneration.export`]."""
     check_choice("format", format, get_args(Format))
     require_extra(format, *PACKAGES[format])
+    try:
+        from transformers.exporters import ExportedModel  # noqa: F401
+    except ImportError as error:
+        raise ImportError("Exporting takes transformers 5.24 or newer: pip install -U transformers.") from error
     if model.llm is None:
         raise ValueError(
             "An export reads prompts too, but this model was loaded without its LLM (`load_llm=False`). Load it with its LLM."
@@ -115,7 +119,7 @@ def trace(model: LLM2SLMForConditionalGeneration, format: str, int8: bool, atten
 
 
 def int8_weights(format: str) -> Any:
-    """A quantiser of transformers' exporters that keeps the matrices of a graph in int8, and activations as they are."""
+    """A quantiser of transformers' exporters that keeps the matrices of a graph in int8."""
     if format == "openvino":
         import nncf
         from transformers.exporters import NNCFOpenVINOQuantizer, NNCFWeightCompressionConfig
@@ -128,7 +132,10 @@ def int8_weights(format: str) -> Any:
     from transformers.exporters import ExportQuantizer
 
     class MatMulInt8Quantizer(ExportQuantizer):
-        """Each constant matrix in int8, by blocks of its columns that share a scale, as `MatMulNBits` multiplies them."""
+        """Each constant matrix in int8, by blocks of its columns that share a scale, as `MatMulNBits` multiplies them.
+
+        Its accuracy level 4 rounds what they are multiplied with to int8 too.
+        """
 
         supported_formats = ("onnx",)
 

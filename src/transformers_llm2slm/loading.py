@@ -303,12 +303,8 @@ def cut_slm(llm: PreTrainedModel, layers: int | Sequence[int]) -> tuple[PreTrain
     Returns:
         The SLM (its own copy of the weights), and the indices of the layers that it keeps.
     """
-    seq2seq = llm.config.is_encoder_decoder
-    prefix, total = _decoder_layers(llm)
-    layers = _chosen_layers(layers, total, evenly=seq2seq)
-
-    config = copy.deepcopy(llm.config)
-    _keep_layers(config, total, layers)
+    config, layers = cut_config(llm, layers)
+    prefix, _ = _decoder_layers(llm)
     pattern = re.compile(rf"^{re.escape(prefix)}\.(\d+)\.(.*)$")
     source = llm.state_dict()
     with torch.device("meta"):
@@ -330,6 +326,15 @@ def cut_slm(llm: PreTrainedModel, layers: int | Sequence[int]) -> tuple[PreTrain
         raise ValueError(f"A {type(llm).__name__} can't be cut: found no weights for {_some(info['missing_keys'])}.")
     slm.generation_config = copy.deepcopy(llm.generation_config)
     return slm, layers
+
+
+def cut_config(llm: PreTrainedModel, layers: int | Sequence[int]) -> tuple[PreTrainedConfig, list[int]]:
+    """The configuration of an SLM that [`cut_slm`] cuts from the LLM, and the layers that it keeps. No weights are read."""
+    _, total = _decoder_layers(llm)
+    chosen = _chosen_layers(layers, total, evenly=llm.config.is_encoder_decoder)
+    config = copy.deepcopy(llm.config)
+    _keep_layers(config, total, chosen)
+    return config, chosen
 
 
 def _decoder_layers(llm: PreTrainedModel) -> tuple[str, int]:

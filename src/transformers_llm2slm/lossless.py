@@ -28,7 +28,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from .configuration_llm2slm import decoder_text_config
 from .llm_states import recorded_states
 from .prompt import LLM2SLMPrompt, check_prompt_length, without_prompt_length
-from .structure import accepts, embed_tokens, position_limit
+from .structure import accepts, cache_argument, embed_tokens, position_limit
 
 if TYPE_CHECKING:
     from .modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -156,8 +156,7 @@ class SLMCandidateGenerator(CandidateGenerator):
         self.position_limit = position_limit(decoder_text_config(slm.config), slm)
         self.draft_length = draft_length
         self.schedule = DraftLength(cost, timed=not generation_config.do_sample)
-        # transformers calls it `past_key_values` up to 5.23.
-        self.cache_argument = "cache" if accepts(slm.forward, "cache") else "past_key_values"
+        self.cache_argument = cache_argument(slm.forward)
         self.options: dict[str, Any] = {"use_cache": True, "return_dict": True}
         if accepts(slm.forward, "logits_to_keep"):
             self.options["logits_to_keep"] = 1

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import EncoderDecoderCache, PreTrainedModel
 
 from .measurements import SPEED, Record
-from .structure import accepts
+from .outputs import cache_of
+from .structure import accepts, cache_argument
 
 if TYPE_CHECKING:
     from .modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -186,9 +187,8 @@ class Decoding:
         prompt = dict(inputs) | ({self.tokens: self.new} if seq2seq else {})
         with torch.no_grad():
             outputs = model(**prompt, **self.options)
-        # transformers calls it `past_key_values` up to 5.23, and the argument too.
-        self.cache = outputs["cache"] if "cache" in outputs else outputs["past_key_values"]
-        self.options["cache" if accepts(model.forward, "cache") else "past_key_values"] = self.cache
+        self.cache: Any = cache_of(outputs)
+        self.options[cache_argument(model.forward)] = self.cache
         if seq2seq:
             self.options |= {name: inputs[name] for name in ("encoder_outputs", "attention_mask")}
 

@@ -34,7 +34,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_llm2slm import decoder_text_config, encoder_text_config
 from .loading import slm_auto_class
-from .structure import accepts, reader
+from .structure import accepts, cache_argument, reader
 from .weight_files import building
 
 # Of one list of layers, memory for so many bytes; more than the caches of a processor, or of the part of it that a core reads.
@@ -272,6 +272,7 @@ class Writer:
         self.writing = LayerStack(model.get_decoder()) if self.is_encoder_decoder else self.reading
         self.vocab_size = decoder_text_config(model.config).vocab_size
         # A cache of one token for each number of layers.
+        self.cache_argument = cache_argument(model.forward)
         self.caches: dict[int, Cache] = {}
 
     def timings(self) -> dict[str, Timing]:
@@ -349,11 +350,6 @@ class Writer:
         )
 
     # The cache -----------------------------------------------------------------------------------------------------------
-    @property
-    def cache_argument(self) -> str:
-        # transformers calls it `past_key_values` up to 5.23.
-        return "cache" if accepts(self.model.forward, "cache") else "past_key_values"
-
     @torch.no_grad()
     def cache(self, depth: int) -> Cache:
         """The cache that `depth` layers have after one token, of an encoder's states too."""

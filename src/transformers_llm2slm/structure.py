@@ -19,6 +19,11 @@ def accepts(function: Callable, name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
+def cache_argument(function: Callable) -> str:
+    """What `function`, a model's forward, calls the argument for its cache. transformers says `past_key_values` up to 5.23."""
+    return "cache" if accepts(function, "cache") else "past_key_values"
+
+
 class DroppedModule(nn.Module):
     """Stands where a part was that this model never runs. It holds no weights."""
 

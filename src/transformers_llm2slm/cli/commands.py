@@ -24,12 +24,17 @@ from .shared import (
     Device,
     Dtype,
     LLMDtype,
+    LLMLayer,
     LLMNameOrPath,
+    LLMRevision,
     LocalFilesOnly,
     MaxNewTokens,
     Model,
+    Models,
     NumBeams,
     Revision,
+    SLMEncoder,
+    SLMRevision,
     Token,
     check_reachable,
     dtype_name,
@@ -68,10 +73,7 @@ def llm2slm(
 
 @app.command()
 def compose(
-    models: Annotated[
-        list[str],
-        Argument(metavar="LLM [SLM]", help="Hub ids or local folders; no SLM with --slm-layers.", show_default=False),
-    ],
+    models: Models,
     out: Annotated[Path, Argument(metavar="OUT", help="Folder for the model and its processor.", show_default=False)],
     slm_layers: Annotated[
         str | None,
@@ -83,13 +85,8 @@ def compose(
             metavar="NAME", help="add, align, replace or llm-embed; else add if the tokenizers are equal, or align."
         ),
     ] = None,
-    llm_layer: Annotated[
-        str | None,
-        Option(metavar="N|LIST", help="Hidden layer of the LLM to read, or several, as in 4,8,-1; else the last."),
-    ] = None,
-    slm_encoder: Annotated[
-        str | None, Option(metavar="keep|skip", help="Whether an encoder-decoder SLM keeps its encoder.")
-    ] = None,
+    llm_layer: LLMLayer = None,
+    slm_encoder: SLMEncoder = None,
     projector_init: Annotated[
         str | None, Option(metavar="NAME", rich_help_panel=PROJECTOR, help="random, zero, identity or fit.")
     ] = None,
@@ -136,12 +133,8 @@ def compose(
     slm_dtype: Annotated[
         str | None, Option(metavar="TYPE", rich_help_panel=LOADING, help="The same for SLM and projector.")
     ] = None,
-    llm_revision: Annotated[
-        str | None, Option(metavar="NAME", rich_help_panel=LOADING, help="Branch, tag or commit of the LLM.")
-    ] = None,
-    slm_revision: Annotated[
-        str | None, Option(metavar="NAME", rich_help_panel=LOADING, help="Branch, tag or commit of the SLM.")
-    ] = None,
+    llm_revision: LLMRevision = None,
+    slm_revision: SLMRevision = None,
     save_llm: Annotated[
         bool, Option("--save-llm", help="Save the LLM too, for a checkpoint that needs nothing else.")
     ] = False,

@@ -10,10 +10,23 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
-from typer import Argument, Option
+from typer import Option
 
 from .arguments import integers
-from .shared import LOADING, CacheDir, LocalFilesOnly, Token, check_reachable, dtype_name, hub_arguments, quiet
+from .shared import (
+    CacheDir,
+    LLMLayer,
+    LLMRevision,
+    LocalFilesOnly,
+    Models,
+    SLMEncoder,
+    SLMRevision,
+    Token,
+    check_reachable,
+    dtype_name,
+    hub_arguments,
+    quiet,
+)
 
 if TYPE_CHECKING:
     from ..estimate import Estimate
@@ -22,10 +35,7 @@ NAMES = {"llm": "LLM", "slm": "SLM alone", "hybrid": "hybrid"}
 
 
 def estimate(
-    models: Annotated[
-        list[str],
-        Argument(metavar="LLM [SLM]", help="Hub ids or local folders; no SLM with --slm-layers.", show_default=False),
-    ],
+    models: Models,
     prompt_length: Annotated[int, Option(metavar="N", min=1, help="Tokens of each prompt.", show_default=False)],
     output_length: Annotated[int, Option(metavar="N", min=1, help="Tokens of each response.", show_default=False)],
     batch: Annotated[int, Option(metavar="N", min=1, help="Prompts at a time.")] = 1,
@@ -34,25 +44,16 @@ def estimate(
         str | None,
         Option(metavar="N|LIST", help="An SLM cut from the LLM: so many of its layers, or these, as in 0,5,11."),
     ] = None,
-    llm_layer: Annotated[
-        str | None,
-        Option(metavar="N|LIST", help="Hidden layer of the LLM to read, or several, as in 4,8,-1; else the last."),
-    ] = None,
-    slm_encoder: Annotated[
-        str | None, Option(metavar="keep|skip", help="Whether an encoder-decoder SLM keeps its encoder.")
-    ] = None,
+    llm_layer: LLMLayer = None,
+    slm_encoder: SLMEncoder = None,
     llm_dtype: Annotated[
         str | None, Option(metavar="TYPE", help="float32, bfloat16 or float16; else as its configuration says.")
     ] = None,
     slm_dtype: Annotated[str | None, Option(metavar="TYPE", help="The same for SLM and projector.")] = None,
     seconds: Annotated[float, Option(metavar="X", min=0.1, help="How long to measure, about.")] = 10.0,
     as_json: Annotated[bool, Option("--json", help="Print JSON, for programs.")] = False,
-    llm_revision: Annotated[
-        str | None, Option(metavar="NAME", rich_help_panel=LOADING, help="Branch, tag or commit of the LLM.")
-    ] = None,
-    slm_revision: Annotated[
-        str | None, Option(metavar="NAME", rich_help_panel=LOADING, help="Branch, tag or commit of the SLM.")
-    ] = None,
+    llm_revision: LLMRevision = None,
+    slm_revision: SLMRevision = None,
     token: Token = None,
     cache_dir: CacheDir = None,
     local_files_only: LocalFilesOnly = False,

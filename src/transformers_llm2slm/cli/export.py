@@ -35,7 +35,7 @@ def export(
     cache_dir: CacheDir = None,
     local_files_only: LocalFilesOnly = False,
 ) -> None:
-    """Export a checkpoint, LLM included, to graphs that decode faster than PyTorch, and check them against it."""
+    """Export a checkpoint, LLM included, to graphs for a runtime on CPUs, and compare them with it."""
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{str(out)!r} is not empty: choose another folder.")
     quiet()

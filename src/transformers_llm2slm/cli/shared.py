@@ -23,6 +23,23 @@ if TYPE_CHECKING:
 # Options -------------------------------------------------------------------------------------------------------------
 LOADING, DATA = "Loading", "Data"
 Model = Annotated[str, Argument(metavar="DIR", help="Checkpoint: a local folder or a hub id.", show_default=False)]
+Models = Annotated[
+    list[str],
+    Argument(metavar="LLM [SLM]", help="Hub ids or local folders; no SLM with --slm-layers.", show_default=False),
+]
+LLMLayer = Annotated[
+    str | None,
+    Option(metavar="N|LIST", help="Hidden layer of the LLM to read, or several, as in 4,8,-1; else the last."),
+]
+SLMEncoder = Annotated[
+    str | None, Option(metavar="keep|skip", help="Whether an encoder-decoder SLM keeps its encoder.")
+]
+LLMRevision = Annotated[
+    str | None, Option(metavar="NAME", rich_help_panel=LOADING, help="Branch, tag or commit of the LLM.")
+]
+SLMRevision = Annotated[
+    str | None, Option(metavar="NAME", rich_help_panel=LOADING, help="Branch, tag or commit of the SLM.")
+]
 Revision = Annotated[
     str | None, Option(metavar="NAME", rich_help_panel=LOADING, help="Branch, tag or commit of the checkpoint.")
 ]
@@ -106,9 +123,9 @@ def shown_command(context: typer.Context) -> str:
     return shareable_command(words)
 
 
-def check_reachable(name_or_path: str, **hub: Any) -> str | None:
+def check_reachable(name_or_path: str, **hub: Any) -> dict[str, Any]:
     """
-    The `model_type` of a checkpoint.
+    What the `config.json` of a checkpoint says, unchecked.
 
     Raises:
         OSError: if it can't be had. transformers does not always say which of several it was.
@@ -116,18 +133,26 @@ def check_reachable(name_or_path: str, **hub: Any) -> str | None:
     from transformers import PreTrainedConfig
 
     try:
-        return PreTrainedConfig.get_config_dict(name_or_path, **hub)[0].get("model_type")
+        return PreTrainedConfig.get_config_dict(name_or_path, **hub)[0]
     except OSError as error:
         if Path(name_or_path).exists():
             raise
         raise OSError(f"{name_or_path!r} is no folder here, and as a hub id it fails: {error}") from error
 
 
-def check_checkpoint(name_or_path: str, **hub: Any) -> None:
-    """Raise a `ValueError` if it is a checkpoint of another kind of model, an `OSError` if it can't be had."""
-    if (kind := check_reachable(name_or_path, **hub)) != "llm2slm":
+def check_checkpoint(name_or_path: str, **hub: Any) -> dict[str, Any]:
+    """
+    What the `config.json` of one of our checkpoints says.
+
+    Raises:
+        ValueError: if it is a checkpoint of another kind of model.
+        OSError: if it can't be had.
+    """
+    config = check_reachable(name_or_path, **hub)
+    if (kind := config.get("model_type")) != "llm2slm":
         found = f"a model of type {kind!r}" if kind else "no model at all"
         raise ValueError(f"{name_or_path!r} is {found}; expected LLM-to-SLM, which `llm2slm compose` makes.")
+    return config
 
 
 def load(
@@ -142,7 +167,6 @@ def load(
     """The model on its device, and its processor."""
     import torch
 
-    from ..configuration_llm2slm import LLM2SLMConfig
     from ..exported import LLM2SLMExportedModel
     from ..modeling_llm2slm import LLM2SLMForConditionalGeneration
     from ..processing_llm2slm import LLM2SLMProcessor
@@ -155,9 +179,9 @@ def load(
     }
     options = {name: value for name, value in options.items() if value is not None}
     pin_revision(model, hub)
-    check_checkpoint(model, **hub)
+    config = check_checkpoint(model, **hub)
     processor = LLM2SLMProcessor.from_pretrained(model, **hub)
-    if LLM2SLMConfig.from_pretrained(model, **hub).export is not None:
+    if config.get("export") is not None:
         if options or load_llm == "whole":
             raise ValueError(
                 f"{model!r} is an export, which holds the LLM and comes in the precision that it was made in."
