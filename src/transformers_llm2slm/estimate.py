@@ -312,9 +312,7 @@ def projecting_seconds(config: LLM2SLMConfig, slm: Writer, llm_dtype: torch.dtyp
     states = torch.randn(*shape, config.num_llm_states, config.llm_hidden_size).to(llm_dtype)
     input_ids = slm.tokens(*shape)
     mask = torch.ones_like(input_ids)
-    return seconds_of(
-        lambda: fuse(config.fusion, slm.model, projector(states), mask, input_ids, None, None, None), repeats=3
-    )
+    return seconds_of(lambda: fuse(config.fusion, slm.model, projector(states), mask, input_ids), repeats=3)
 
 
 # What follows from it ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from .evaluation import require_extra
 from .export_graphs import cache_tensors, filled_cache
 from .generation import LLM2SLMGenerationMixin
 from .modeling_llm2slm import LLM2SLMPreTrainedModel
-from .prompt import LLM2SLMPrompt, prompt_mask
+from .prompt import LLM2SLMPrompt, prompt_mask, slm_view
 from .structure import mask_positions, move_padding
 
 if TYPE_CHECKING:
@@ -236,13 +236,7 @@ class ExportedParts(nn.Module):
         }
         mask = reads["attention_mask"]
         if self.config.fusion == "align":
-            if slm_input_ids is None or alignment is None:
-                raise ValueError(
-                    '`fusion="align"` needs the prompt in both token views. Make it with the processor of the same model.'
-                )
-            own = torch.ones_like(slm_input_ids) if slm_attention_mask is None else slm_attention_mask
-            views = {"slm_input_ids": slm_input_ids, "slm_attention_mask": own, "alignment": alignment}
-            reads |= {name: move_padding(view, own, "right") for name, view in views.items()}
+            reads |= slm_view(slm_input_ids, slm_attention_mask, alignment)
             mask = reads["slm_attention_mask"]
         return LLM2SLMPrompt(prompt_states=self.session(**reads)["prompt_states"], attention_mask=mask)
 

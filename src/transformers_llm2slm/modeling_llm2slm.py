@@ -30,7 +30,7 @@ from .llm_states import read_llm_states
 from .loading import HUB_ARGUMENTS, build_slm, freeze, quantization_of, take_prefixed
 from .outputs import LLM2SLMModelOutput, LLM2SLMOutput, cache_of
 from .projector import LLM2SLMProjector
-from .prompt import LLM2SLMPrompt, check_labels, check_response_length, fuse, prompt_mask
+from .prompt import LLM2SLMPrompt, check_labels, check_response_length, fuse, prompt_mask, slm_view
 from .push import PushMixin
 from .remote_code import IncludesCode
 from .structure import (
@@ -191,6 +191,8 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
         if input_ids is not None:
             input_ids = move_padding(input_ids.to(attention_mask.device), attention_mask, "right")
         mask = move_padding(attention_mask, attention_mask, "right")
+        align = self.config.fusion == "align"
+        view = slm_view(slm_input_ids, slm_attention_mask, alignment) if align else {}
         if llm_hidden_states is None:
             states = self.llm_states(input_ids, mask)  # type: ignore[arg-type]  # there is one, or prompt_mask raised
         else:
@@ -203,9 +205,7 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
                 f"{states.shape[2]} of width {states.shape[3]}. Use the LLM (and the `llm_layer`) it was made for."
             )
         projected = self.projector(states.to(self.device))
-        return fuse(
-            self.config.fusion, self.slm, projected, mask, input_ids, slm_input_ids, slm_attention_mask, alignment
-        )
+        return fuse(self.config.fusion, self.slm, projected, mask, input_ids, **view)
 
     # Writing -------------------------------------------------------------------------------------------------------------
     def slm_prompt(self, prompt: LLM2SLMPrompt) -> dict[str, Any]:

@@ -95,15 +95,37 @@ def prompt_mask(
     return attention_mask
 
 
+def slm_view(
+    slm_input_ids: torch.Tensor | None, slm_attention_mask: torch.Tensor | None, alignment: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """
+    The prompt in the SLM's tokens, as `fusion="align"` takes it: the three, by their names, padded on the right.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if slm_input_ids is None or alignment is None:
+        views = {"slm_input_ids": slm_input_ids, "alignment": alignment}
+        missing = [f"`{name}`" for name, view in views.items() if view is None]
+        raise ValueError(
+            '`fusion="align"` needs the prompt in both token views: `input_ids` of the LLM, `slm_input_ids`, '
+            f"`slm_attention_mask` and `alignment` of the SLM. This batch lacks {' and '.join(missing)}. Make it with "
+            "`LLM2SLMProcessor.from_llm_slm_pretrained` of the same two models."
+        )
+    mask = torch.ones_like(slm_input_ids) if slm_attention_mask is None else slm_attention_mask
+    given = {"slm_input_ids": slm_input_ids, "slm_attention_mask": mask, "alignment": alignment}
+    return {name: move_padding(view, mask.to(view.device), "right") for name, view in given.items()}
+
+
 def fuse(
     fusion: str,
     slm: PreTrainedModel,
     projected: torch.Tensor,
     mask: torch.Tensor,
     input_ids: torch.Tensor | None,
-    slm_input_ids: torch.Tensor | None,
-    slm_attention_mask: torch.Tensor | None,
-    alignment: torch.Tensor | None,
+    slm_input_ids: torch.Tensor | None = None,
+    slm_attention_mask: torch.Tensor | None = None,
+    alignment: torch.Tensor | None = None,
 ) -> LLM2SLMPrompt:
     """
     Join the projected states with the SLM's own view of the prompt.
@@ -112,26 +134,15 @@ def fuse(
         projected (`torch.Tensor` of shape `(batch_size, prompt_length, slm_hidden_size)`), mask, input_ids (of shape
             `(batch_size, prompt_length)`): One state for each LLM token, padded on the right.
         slm_input_ids, slm_attention_mask, alignment (of shape `(batch_size, slm_prompt_length)`): The SLM's tokens and,
-            for each, the rank of its LLM token in the row; padded on any side.
+            for each, the rank of its LLM token in the row: for `"align"`, what [`slm_view`] gives.
 
     Raises:
         ValueError: if the batch lacks what the fusion needs, or the fused prompt is too long for the SLM.
     """
     device = projected.device
     if fusion == "align":
-        if slm_input_ids is None or alignment is None:
-            views = {"slm_input_ids": slm_input_ids, "alignment": alignment}
-            missing = [f"`{name}`" for name, view in views.items() if view is None]
-            raise ValueError(
-                '`fusion="align"` needs the prompt in both token views: `input_ids` of the LLM, `slm_input_ids`, '
-                f"`slm_attention_mask` and `alignment` of the SLM. This batch lacks {' and '.join(missing)}. Make it with "
-                "`LLM2SLMProcessor.from_llm_slm_pretrained` of the same two models."
-            )
-        slm_mask = torch.ones_like(slm_input_ids) if slm_attention_mask is None else slm_attention_mask
-        slm_mask = slm_mask.to(device)
-        ids, alignment, mask = (
-            move_padding(view.to(device), slm_mask, "right") for view in (slm_input_ids, alignment, slm_mask)
-        )
+        views = (slm_input_ids, alignment, slm_attention_mask)
+        ids, alignment, mask = (view.to(device) for view in views)  # type: ignore[union-attr]  # `slm_view` gives them
         index = alignment.clamp(0, projected.shape[1] - 1).unsqueeze(-1).expand(-1, -1, projected.shape[2])
         projected = projected.gather(1, index) + embed_tokens(slm, ids)
     elif fusion == "add":

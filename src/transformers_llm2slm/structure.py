@@ -159,9 +159,6 @@ def move_padding(tensor: torch.Tensor, mask: torch.Tensor, side: Literal["left",
     Returns:
         `torch.Tensor` of the shape of `tensor`.
     """
-    # A graph is given rows whose padding was moved before, and converters can't sort. torch 2.6 can't be asked.
-    if getattr(torch.compiler, "is_exporting", bool)():
-        return tensor
     order = mask.to(torch.long).argsort(dim=1, descending=side == "right", stable=True)
     order = order.reshape(order.shape + (1,) * (tensor.dim() - 2))
     return tensor.gather(1, order.expand(tensor.shape))
