@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from transformers_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 
@@ -34,6 +35,14 @@ PROMPTS = [
 RESPONSES = ["Das Haus ist wunderbar.", "A quick small model.", "Hi"]
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>"]
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.fixture(autouse=True)
+def default_logging() -> None:
+    """The command line and the benchmarks set these for their process, which the tests share."""
+    logging.set_verbosity_warning()
+    logging.enable_progress_bar()
+
 
 # Tokenizers ----------------------------------------------------------------------------------------------------------
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import PROMPTS, Pair, Zoo
 from transformers import AutoModel, AutoProcessor, pipeline
-from transformers.utils import logging
 
 from transformers_llm2slm import LLM2SLMExportedModel, LLM2SLMForConditionalGeneration
 from transformers_llm2slm.cli import main
@@ -30,15 +28,6 @@ EXPORTED = (
     Pair("llama", "gpt2", "llm-embed"),
     Pair("qwen3", "gemma3", "add", (("llm_layer", (1, 2)),)),
 )
-
-
-@pytest.fixture(autouse=True)
-def own_settings() -> Iterator[None]:
-    """What the command line sets for its process is set back."""
-    verbosity = logging.get_verbosity()
-    yield
-    logging.set_verbosity(verbosity)
-    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module", params=EXPORTED, ids=str)
