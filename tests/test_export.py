@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,16 @@ def test_int8_rounds_the_matrices_and_stays_near(small, folder, tmp_path):
 
     assert "MatMulNBits" in operators(folder) and "MatMulNBits" not in operators(tmp_path / "float32")
     assert rounded.config.export["int8"] is True and exact.config.export["int8"] is False
+
+
+def test_logging_of_the_process_is_left_alone():
+    """In a process of its own, as pytest's handlers would hide what a library sets up."""
+    code = (
+        "import logging; from transformers_llm2slm.export import int8_weights; int8_weights('onnx'); "
+        "root = logging.getLogger(); print(root.level == logging.WARNING, root.handlers)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True []\n"
 
 
 def test_auto_classes_and_pipeline_load_an_export(folder, small):

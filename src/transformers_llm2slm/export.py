@@ -12,6 +12,8 @@ import logging
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -118,6 +120,18 @@ def trace(model: LLM2SLMForConditionalGeneration, format: str, int8: bool, atten
     return ExportedModel(components, format, config=config, generation_config=model.generation_config)
 
 
+@contextmanager
+def root_logger_kept() -> Iterator[None]:
+    """The root logger as it was: onnxruntime's quantiser sets it to INFO as it is imported, for the whole process."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
+
+
 def int8_weights(format: str) -> Any:
     """A quantiser of transformers' exporters that keeps the matrices of a graph in int8."""
     if format == "openvino":
@@ -128,7 +142,9 @@ def int8_weights(format: str) -> Any:
 
     import onnx
     import onnx_ir
-    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    with root_logger_kept():
+        from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
     from transformers.exporters import ExportQuantizer
 
     class MatMulInt8Quantizer(ExportQuantizer):
