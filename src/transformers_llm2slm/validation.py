@@ -214,7 +214,8 @@ def _check_number(path: str, field: str, value: int | float | str) -> None:
     for names, largest, reason in SIZES:
         if not re.fullmatch(rf"(\w*_)?({names})", field):
             continue
-        smallest = -largest if field.endswith("[]") else 0
+        # Quantisers call an axis `dim` too, and the last one is -1.
+        smallest = -largest if field.endswith("[]") else -1 if field == "dim" else 0
         if isinstance(value, int) and not smallest <= value <= largest:
             raise ValueError(f"`{path}` must lie in [{smallest:,}, {largest:,}] ({reason}), got {value:,}.")
         if isinstance(value, str) and not field.endswith("[]"):
