@@ -31,7 +31,7 @@ demo: venv ## run the demonstration
 	$(BIN)/python examples/demo.py
 
 bench: venv ## measure speed on pairs of real sizes: about an hour on 2 idle cores
-	$(BIN)/python benchmarks/speed.py
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/speed.py
 
 cards: venv ## write model_cards/ anew, from the recorded results
 	$(BIN)/python benchmarks/model_cards.py

@@ -1,7 +1,7 @@
 """
 How fast LLM, SLM and LLM-to-SLM write, eager and exported, beside the LLM's other ways to decode.
 
-    python benchmarks/speed.py [--pair PAIR] [--rounds 5] [--sweep-rounds 3] [--models DIR] [--work-dir DIR] [--fresh]
+    python benchmarks/speed.py [--pair PAIR] [--rounds 3] [--sweep-rounds 2] [--models DIR] [--work-dir DIR] [--fresh]
     python benchmarks/speed.py --trained CHECKPOINT --prompts FILE.jsonl [--pair none]
 
 Pairs of published sizes, with random weights, or with those of the checkpoints in the folder `--models`. For each pair all
@@ -12,6 +12,7 @@ conditions are a base, 128 tokens in and 128 out, batch size 1, and others that 
     LLM                     its own `generate`; and in bfloat16
     SLM alone               its own `generate` on the encoded prompt; in the base also with static cache and torch.compile
     hybrid                  the LLM-to-SLM model; in the base also with its LLM in bfloat16
+    ..., decoding layout    (base) LLM and hybrid after `to_decoding_layout`
     hybrid, onnx ...        the model exported for ONNX Runtime and OpenVINO
     LLM, ctranslate2 int8   the whole LLM in CTranslate2
     assisted, 70 % ...      (base) transformers' assisted generation with the SLM as assistant, at given acceptance rates: the
@@ -45,7 +46,17 @@ from typing import Any
 import torch
 from speed_pairs import PAIRS, Loaded, SpeedPair, cells, export_label, load, load_hybrid, prepare
 from speed_plots import draw_all
-from speed_report import COMPILED, CT2, HYBRID_BF16, LLM_BF16, assisted_name, checks, show
+from speed_report import (
+    COMPILED,
+    CT2,
+    HYBRID_BF16,
+    HYBRID_LAID_OUT,
+    LLM_BF16,
+    LLM_LAID_OUT,
+    assisted_name,
+    checks,
+    show,
+)
 from speed_rivals import (
     CTranslate2,
     StepClock,
@@ -86,6 +97,8 @@ LIBRARIES = ("onnxruntime", "openvino", "ctranslate2")
 # Seconds before each contestant, for the threads of the one before to fall asleep.
 PAUSE = 0.05
 WARM_UP_TOKENS, START_UP_TOKENS, MIN_ROUNDS = 8, 16, 2
+# The base may take so many times as long as a cell of the sweep.
+BASE_FACTOR = 16
 
 
 # Contestants ---------------------------------------------------------------------------------------------------------
@@ -104,6 +117,9 @@ def contestants_for(
         halved = loaded.halved
         found[LLM_BF16] = llm_contestant(halved.model.whole_llm, inputs, conditions)
         found[HYBRID_BF16] = hybrid_contestant(halved, inputs, conditions, slm.step_bytes)
+    if base and loaded.laid_out is not None:
+        found[LLM_LAID_OUT] = llm_contestant(loaded.laid_out.model.whole_llm, inputs, conditions)
+        found[HYBRID_LAID_OUT] = hybrid_contestant(loaded.laid_out, inputs, conditions, slm.step_bytes)
     for label in [export_label(*kind) for kind in RACING if export_label(*kind) in loaded.exported]:
         other = loaded.exported[label]
         precision = (torch.float32, int8_block_of(other))
@@ -185,7 +201,7 @@ def measure(pair: SpeedPair, options: argparse.Namespace) -> None:
             cell,
             options.rounds if base else options.sweep_rounds,
             warm_up_tokens=min(cell.new_tokens, WARM_UP_TOKENS),
-            max_seconds=options.cell_seconds * (4 if base else 1),
+            max_seconds=options.cell_seconds * (BASE_FACTOR if base else 1),
             min_rounds=MIN_ROUNDS if base else 1,
             pause=PAUSE,
         )
@@ -241,6 +257,7 @@ def measure_steps(loaded: Loaded, conditions: Conditions, rounds: int) -> dict[s
     prompt, read = model.model.slm_prompt(model.encode_prompt(**inputs)), read_by_slm(model, inputs)
     kinds: dict[str, tuple[Any, dict[str, Any], dict[str, Any], tuple[Any, ...]]] = {
         "eager": (model.slm, prompt, read, ()),
+        **({"decoding layout": (loaded.laid_out.slm, prompt, read, ())} if loaded.laid_out else {}),
         "compiled, static cache": (model.slm, prompt | compiling(), {}, ()),
     }
     for label, other in loaded.exported.items():
@@ -394,13 +411,13 @@ def run_pair(pair: SpeedPair, options: argparse.Namespace, folder: pathlib.Path)
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=[*PAIRS, "none"], action="append", help="this pair only; repeatable")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of the base, 5 by default")
-    parser.add_argument("--sweep-rounds", type=int, default=3, help="rounds of the other conditions, 3 by default")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the base, 3 by default")
+    parser.add_argument("--sweep-rounds", type=int, default=2, help="rounds of the other conditions, 2 by default")
     parser.add_argument(
         "--cell-seconds",
         type=float,
-        default=60,
-        help="begin no round after so long, 4 times as long in the base; 60 s",
+        default=25,
+        help=f"begin no round after so long, {BASE_FACTOR} times as long in the base; 25 s",
     )
     parser.add_argument(
         "--threads", type=int, help="threads of torch and of the runtimes; else as many as torch takes"

@@ -97,8 +97,8 @@ PAIRS = {
     pair.name: pair
     for pair in (
         SpeedPair("t5-v1_1-large", "t5-v1_1-small", fusion="add"),
-        SpeedPair("flan-t5-xl", "t5-v1_1-small", fusion="add", llm_dtype=torch.bfloat16, base_only=True),
         SpeedPair("SmolLM2-135M", None, slm_layers=4),
+        SpeedPair("flan-t5-xl", "t5-v1_1-small", fusion="add", llm_dtype=torch.bfloat16, base_only=True),
         SpeedPair("Qwen3-0.6B", "SmolLM2-135M", fusion="align"),
     )
 }
@@ -234,13 +234,14 @@ def bytes_on_disk(model: LLM2SLMForConditionalGeneration, folder: pathlib.Path) 
 class Loaded:
     """
     What the contestants of a pair are made of, all in one process. `halved` are LLM and hybrid with the LLM in bfloat16;
-    they share the SLM with `model`.
+    they share the SLM with `model`. `laid_out` are both in float32 after `to_decoding_layout`.
     """
 
     pair: SpeedPair
     folder: pathlib.Path
     model: LLM2SLMForConditionalGeneration
     halved: LLM2SLMForConditionalGeneration | None
+    laid_out: LLM2SLMForConditionalGeneration | None
     exported: dict[str, LLM2SLMExportedModel]
     ctranslate2: CTranslate2 | None
 
@@ -252,11 +253,13 @@ class Loaded:
 def load(pair: SpeedPair, folder: pathlib.Path) -> Loaded:
     """Load what `prepare` has made."""
     model = load_hybrid(folder, "llm", load_llm="whole")
-    halved = None
+    halved = laid_out = None
     if pair.llm_dtype == torch.float32:
         halved = load_hybrid(folder, "llm-bfloat16", load_llm="whole")
         halved.model.slm, halved.model.projector = model.model.slm, model.model.projector
-    for writer in (model.slm, model.model.whole_llm, *([halved.model.whole_llm] if halved else [])):
+        laid_out = load_hybrid(folder, "llm", load_llm="whole").to_decoding_layout()
+    variants = [it for it in (model, halved, laid_out) if it is not None]
+    for writer in [part for it in variants for part in (it.slm, it.model.whole_llm)]:
         # Where an argument of `generate` does not reach: an assistant asks its own configuration.
         writer.generation_config.eos_token_id = None
     labels = [export_label(*kind) for kind in EXPORTS]
@@ -265,8 +268,8 @@ def load(pair: SpeedPair, folder: pathlib.Path) -> Loaded:
         for label in labels
         if label in json.loads((folder / "prepared.json").read_text())["seconds"]
     }
-    converted = folder / "ctranslate2"
-    return Loaded(pair, folder, model, halved, exported, CTranslate2(converted) if converted.exists() else None)
+    ct2 = CTranslate2(converted) if (converted := folder / "ctranslate2").exists() else None
+    return Loaded(pair, folder, model, halved, laid_out, exported, ct2)
 
 
 def load_hybrid(folder: pathlib.Path, llm: str, **options: Any) -> LLM2SLMForConditionalGeneration:
