@@ -88,10 +88,10 @@ def recorded_tasks(options: argparse.Namespace) -> Iterator[Task]:
 def measured_tasks(options: argparse.Namespace) -> Iterator[Task]:
     """Cells that are to be measured, with models of random weights."""
     for pair in chosen_pairs(options):
-        if pair.base_only and options.pair is None:
+        if not pair.exports and options.pair is None:
             continue  # its LLM is too large to make beside others
         llm, hybrid = make(pair, options.tiny)
-        for conditions in cells(pair.base_only, options.tiny):
+        for conditions in cells(pair.sweeps, options.tiny):
             yield pair.name, pair, conditions, pair.llm_dtype, writing(llm, hybrid, conditions)
 
 

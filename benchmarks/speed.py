@@ -7,7 +7,7 @@ How fast LLM, SLM and LLM-to-SLM write, eager and exported, beside the LLM's oth
 Pairs of published sizes, with random weights, or with those of the checkpoints in the folder `--models`. For each pair all
 contestants are loaded into one process and run one after another in rounds, after a short one to warm up, so that a load that
 comes and goes on the machine meets all of them. Everything is greedy (or by beams) and always of the length that is asked for. The
-conditions are a base, 128 tokens in and 128 out, batch size 1, and others that differ from it in one thing each.
+conditions are a base, 128 tokens in and 128 out, batch size 1, and for the pair of T5 others that differ from it in one thing each.
 
     LLM                     its own `generate`; and in bfloat16
     SLM alone               its own `generate` on the encoded prompt; in the base also with static cache and torch.compile
@@ -190,7 +190,7 @@ def measure(pair: SpeedPair, options: argparse.Namespace) -> None:
 
     loaded = load(pair, options.folder)
     log("loaded")
-    conditions = cells(pair.base_only, options.tiny)
+    conditions = cells(pair.sweeps, options.tiny)
     for index, cell in enumerate(conditions):
         if str(cell) in stored["cells"]:
             continue
@@ -219,6 +219,8 @@ def measure(pair: SpeedPair, options: argparse.Namespace) -> None:
             "failures": failures,
             "seconds": seconds,
         }
+        # The base first, whatever was measured before.
+        stored["cells"] = {str(it): stored["cells"][str(it)] for it in conditions if str(it) in stored["cells"]}
         results.save()
         log(f"{cell}: {stored['cells'][str(cell)]['rounds']} rounds")
     if not stored["steps"]:
@@ -378,7 +380,7 @@ def child(options: argparse.Namespace, *arguments: str, capture: bool = False) -
 def run_pair(pair: SpeedPair, options: argparse.Namespace, folder: pathlib.Path) -> None:
     """Make, measure and start what is not measured yet."""
     stored = Results(options.output).pair(pair.name)
-    cells_missing = [cell for cell in cells(pair.base_only, options.tiny) if str(cell) not in stored["cells"]]
+    cells_missing = [cell for cell in cells(pair.sweeps, options.tiny) if str(cell) not in stored["cells"]]
     if not cells_missing and stored["steps"] and stored["start-up"]:
         print("  measured already", flush=True)
         return

@@ -74,7 +74,7 @@ class SpeedPair:
         llm, slm (`str`): Names in `MODELS`; without an SLM, it is cut from the LLM, its top `slm_layers` layers.
         fusion (`str`, *optional*): See [`LLM2SLMConfig`]; a cut has its own.
         llm_dtype (`torch.dtype`): That of the LLM; one in float32 takes part in bfloat16 too.
-        base_only (`bool`): Whether to leave out sweeps, exports and CTranslate2, for an LLM too large for them.
+        sweeps, exports (`bool`): Whether it takes part under other conditions than the base, and in other runtimes.
     """
 
     llm: str
@@ -82,7 +82,8 @@ class SpeedPair:
     slm_layers: int | None = None
     fusion: str | None = None
     llm_dtype: torch.dtype = torch.float32
-    base_only: bool = False
+    sweeps: bool = False
+    exports: bool = True
 
     @property
     def name(self) -> str:
@@ -96,16 +97,16 @@ class SpeedPair:
 PAIRS = {
     pair.name: pair
     for pair in (
-        SpeedPair("t5-v1_1-large", "t5-v1_1-small", fusion="add"),
+        SpeedPair("t5-v1_1-large", "t5-v1_1-small", fusion="add", sweeps=True),
         SpeedPair("SmolLM2-135M", None, slm_layers=4),
-        SpeedPair("flan-t5-xl", "t5-v1_1-small", fusion="add", llm_dtype=torch.bfloat16, base_only=True),
+        SpeedPair("flan-t5-xl", "t5-v1_1-small", fusion="add", llm_dtype=torch.bfloat16, exports=False),
         SpeedPair("Qwen3-0.6B", "SmolLM2-135M", fusion="align"),
     )
 }
 T5_PAIR = "t5-v1_1-large -> t5-v1_1-small"
 
 
-def cells(base_only: bool, tiny: bool) -> list[Conditions]:
+def cells(sweeps: bool, tiny: bool) -> list[Conditions]:
     """The base, then those that differ from it in one thing."""
     if tiny:
         base = {"prompt_length": 16, "new_tokens": 8}
@@ -115,7 +116,7 @@ def cells(base_only: bool, tiny: bool) -> list[Conditions]:
         changes = [{"prompt_length": n} for n in (32, 512)]
         changes += [{"new_tokens": n} for n in (16, 64, 256)]
         changes += [{"batch_size": n} for n in (8, 32)] + [{"num_beams": 4}]
-    return [Conditions(**base)] + [Conditions(**base | change) for change in changes if not base_only]
+    return [Conditions(**base)] + [Conditions(**base | change) for change in changes if sweeps]
 
 
 # Making ------------------------------------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ def prepare(pair: SpeedPair, folder: pathlib.Path, given: pathlib.Path | None, t
         done = f"FAILED: {failures[name][:200]}" if name in failures else f"{seconds[name]:.0f} s"
         print(f"  made {name}: {done}", flush=True)
 
-    if not pair.base_only:
+    if pair.exports:
         for format, int8 in EXPORTS:
             label = export_label(format, int8)
             attempt(label, lambda: model.export(folder / label, format=format, int8=int8))  # noqa: B023

@@ -144,10 +144,10 @@ def test_ctranslate2_writes_what_the_llm_does(name, tmp_path):
 # What is said --------------------------------------------------------------------------------------------------------
 def measured(new_tokens=128, **totals):
     """A cell whose contestants took so long in all, in three rounds."""
-    from speed_report import CT2, HYBRID_BF16
+    from speed_report import CT2, HYBRID_BF16, HYBRID_LAID_OUT
 
     names = {"llm": "LLM", "slm": "SLM alone", "hybrid": "hybrid", "int8": "hybrid, onnx int8", "ct2": CT2}
-    names |= {"assisted": "assisted, 70% accepted", "halved": HYBRID_BF16}
+    names |= {"assisted": "assisted, 70% accepted", "halved": HYBRID_BF16, "laid_out": HYBRID_LAID_OUT}
     seconds = {names[key]: {"first token": [0.1] * 3, "total": [total] * 3} for key, total in totals.items()}
     for name in seconds:
         if name.startswith("hybrid"):
@@ -168,20 +168,26 @@ def test_targets():
     from speed_pairs import T5_PAIR
     from speed_report import checks
 
-    cell = measured(llm=12.0, slm=1.94, hybrid=2.0, int8=1.2, ct2=2.4, assisted=6.0)
+    cell = measured(llm=12.0, slm=1.94, hybrid=2.0, laid_out=1.5, int8=1.2, ct2=2.4, assisted=6.0)
     results = {"pairs": {T5_PAIR: pair_results(cell), "b": pair_results(measured(llm=8.0, slm=1.0, halved=2.0))}}
+    bare = {"eager": 5.0, "onnx float32": 1.7, "openvino float32": 1.5, "onnx int8": 1.65, "openvino int8": 2.5}
+    table = {name: {"bare, times the limit": value} for name, value in bare.items()}
+    results["pairs"][T5_PAIR]["steps"] = {"table": table}
     found = checks(results, [T5_PAIR, "b", "c"])
     values = [(row["pair"], row["value"] and round(row["value"], 3), row["holds"]) for row in found]
     assert values == [
         (T5_PAIR, 1.0, True),
-        (T5_PAIR, 6.0, True),
+        (T5_PAIR, 8.0, True),
         (T5_PAIR, 3.0, True),
         (T5_PAIR, 10.0, True),
         (T5_PAIR, 2.0, False),
+        (T5_PAIR, 1.5, True),
+        (T5_PAIR, 1.65, False),
         ("b", round(2.0 / 1.06, 3), False),
         ("c", None, False),
     ]
     assert "(hybrid, onnx int8)" in found[3]["check"] and found[4]["target"] == "at least 2.5"
+    assert "(openvino float32)" in found[5]["check"] and found[5]["target"] == "at most 1.6"
 
 
 def test_pictures(tmp_path):
@@ -218,7 +224,7 @@ def test_measured_pairs_are_left_alone(tmp_path, monkeypatch, capsys):
     pair = next(iter(PAIRS.values()))
     results = speed.Results(tmp_path / "speed.json")
     stored = results.pair(pair.name)
-    stored["cells"] = {str(cell): {} for cell in cells(pair.base_only, tiny=True)}
+    stored["cells"] = {str(cell): {} for cell in cells(pair.sweeps, tiny=True)}
     stored |= {"steps": {"a": 1}, "start-up": {"a": 1}}
     results.save()
     monkeypatch.setattr(speed, "child", lambda *_, **__: pytest.fail("something was run"))
@@ -229,10 +235,10 @@ def test_measured_pairs_are_left_alone(tmp_path, monkeypatch, capsys):
 def test_cells_differ_in_one_thing():
     from speed_pairs import cells
 
-    base, *others = cells(base_only=False, tiny=False)
+    base, *others = cells(sweeps=True, tiny=False)
     changes = [dict(vars(cell).items() - vars(base).items()) for cell in others]
     assert [list(change) for change in changes] == [["prompt_length"]] * 2 + [["new_tokens"]] * 3 + [
         ["batch_size"]
     ] * 2 + [["num_beams"]]
     assert {value for change in changes for value in change.values()} == {32, 512, 16, 64, 256, 8, 4}
-    assert cells(base_only=True, tiny=False) == [base]
+    assert cells(sweeps=False, tiny=False) == [base]

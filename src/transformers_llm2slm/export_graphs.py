@@ -173,15 +173,19 @@ def export_attention(
     batch, heads, length, size = query.shape
     groups = key.shape[1]
     query = query * (size**-0.5 if scaling is None else scaling)
-    scores = query.reshape(batch, groups, -1, size) @ key.transpose(-1, -2)
-    scores = scores.reshape(batch, heads, length, -1)
+    shared = heads != groups
+    rows = query.reshape(batch, groups, -1, size) if shared else query
+    scores = rows @ key.transpose(-1, -2)
+    scores = scores.reshape(batch, heads, length, -1) if shared else scores
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     for bias in (position_bias, attention_mask):
         if bias is not None:
             scores = scores + bias
-    weights = scores.softmax(dim=-1).reshape(batch, groups, -1, key.shape[2])
-    return (weights @ value).reshape(batch, heads, length, size).transpose(1, 2), None
+    weights = scores.softmax(dim=-1)
+    weights = weights.reshape(batch, groups, -1, key.shape[2]) if shared else weights
+    output = weights @ value
+    return (output.reshape(batch, heads, length, size) if shared else output).transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION, export_attention)
