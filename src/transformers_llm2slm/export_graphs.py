@@ -174,7 +174,9 @@ def export_attention(
     groups = key.shape[1]
     query = query * (size**-0.5 if scaling is None else scaling)
     shared = heads != groups
-    rows = query.reshape(batch, groups, -1, size) if shared else query
+    # Where the length is free, a shape that is spelled out keeps the converter from losing the rank further on (GPT-2).
+    spelled_out = shared or not isinstance(length, int)
+    rows = query.reshape(batch, groups, -1, size) if spelled_out else query
     scores = rows @ key.transpose(-1, -2)
     scores = scores.reshape(batch, heads, length, -1) if shared else scores
     if softcap is not None:
