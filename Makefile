@@ -30,7 +30,7 @@ test: venv ## run the tests in two processes, without the Hub
 demo: venv ## run the demonstration
 	$(BIN)/python examples/demo.py
 
-bench: venv ## measure speed on pairs of real sizes: about an hour on 2 idle cores
+bench: venv ## measure speed on pairs of real sizes: about an hour and a half on 2 idle cores
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/speed.py
 
 cards: venv ## write model_cards/ anew, from the recorded results

@@ -68,6 +68,7 @@ def checks(results: dict[str, Any], pairs: list[str]) -> list[dict[str, Any]]:
             continue
         names = [name for name in seconds if name.startswith(HYBRID)]
         fastest = min(names, key=lambda name: statistics.median(seconds[name][TOTAL]), default=HYBRID)  # noqa: B023
+        check(pair, "hybrid beside the LLM", times(LLM, HYBRID), 5)
         check(pair, f"{HYBRID_LAID_OUT}, beside the LLM", times(LLM, HYBRID_LAID_OUT), 5)
         check(pair, "hybrid beside assisted at 70 %", times(assisted_name(0.7), HYBRID), 2.5)
         check(pair, f"fastest hybrid ({fastest}) beside the LLM", times(LLM, fastest), 8)

@@ -177,6 +177,7 @@ def test_targets():
     values = [(row["pair"], row["value"] and round(row["value"], 3), row["holds"]) for row in found]
     assert values == [
         (T5_PAIR, 1.0, True),
+        (T5_PAIR, 6.0, True),
         (T5_PAIR, 8.0, True),
         (T5_PAIR, 3.0, True),
         (T5_PAIR, 10.0, True),
@@ -186,8 +187,8 @@ def test_targets():
         ("b", round(2.0 / 1.06, 3), False),
         ("c", None, False),
     ]
-    assert "(hybrid, onnx int8)" in found[3]["check"] and found[4]["target"] == "at least 2.5"
-    assert "(openvino float32)" in found[5]["check"] and found[5]["target"] == "at most 1.6"
+    assert "(hybrid, onnx int8)" in found[4]["check"] and found[5]["target"] == "at least 2.5"
+    assert "(openvino float32)" in found[6]["check"] and found[6]["target"] == "at most 1.6"
 
 
 def test_pictures(tmp_path):
