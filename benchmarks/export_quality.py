@@ -40,9 +40,10 @@ from typing import Any
 import torch
 from lossless import decoder_only, encoder_decoder
 from speed_pairs import EXPORTS, export_label
+from speed_rivals import WriteGivenText
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 from transformers.utils import logging as transformers_logging
 
 from transformers_llm2slm.exported import LLM2SLMExportedModel
@@ -63,17 +64,6 @@ class Batch:
 
     inputs: dict[str, Any]
     responses: torch.Tensor | None = None
-
-
-class Given(LogitsProcessor):
-    """Has a model choose given responses, whatever its logits; behind the end of one, its token 0."""
-
-    def __init__(self, responses: torch.Tensor, before: int):
-        self.responses, self.before = responses.clamp(min=0), before
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        chosen = self.responses[:, input_ids.shape[1] - self.before]
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
 
 
 # Prompts -----------------------------------------------------------------------------------------------------------------
@@ -108,7 +98,7 @@ def write(model: Any, batch: Batch, new_tokens: int, given: torch.Tensor | None 
     """Tokens that are written, of shape `(batch_size, new_tokens)`, and the logits that they are chosen by."""
     before = 1 if model.slm.config.is_encoder_decoder else 0
     length = new_tokens if given is None else given.shape[1]
-    forced = None if given is None else LogitsProcessorList([Given(given, before)])
+    forced = None if given is None else LogitsProcessorList([WriteGivenText(given.clamp(min=0), before)])
     outputs = model.generate(
         **batch.inputs,
         max_new_tokens=length,

@@ -49,10 +49,10 @@ def given_text(prompt: torch.Tensor, new_tokens: int, vocab_size: int, seed: int
 
 class WriteGivenText(LogitsProcessor):
     """
-    Has a model choose a given text, whatever its logits.
+    Has a model choose given text, whatever its logits.
 
     Args:
-        text (`torch.LongTensor` of shape `(new_tokens,)`).
+        text (`torch.LongTensor` of shape `(new_tokens,)` or `(batch_size, new_tokens)`).
         before (`int`): Number of tokens before it: the prompt's or the start token.
     """
 
@@ -61,9 +61,9 @@ class WriteGivenText(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         # Drafts may go one token beyond the text, where nobody looks any more.
-        place = min(input_ids.shape[1] - self.before, len(self.text) - 1)
-        scores[:, self.text[place]] = torch.finfo(scores.dtype).max
-        return scores
+        place = min(input_ids.shape[1] - self.before, self.text.shape[-1] - 1)
+        chosen = self.text[..., place].expand(len(scores))
+        return scores.scatter(1, chosen[:, None], torch.finfo(scores.dtype).max)
 
 
 # Assisted generation -----------------------------------------------------------------------------------------------------

@@ -59,18 +59,19 @@ def llm_left_out(module: LLM2SLMModel) -> Iterator[None]:
 
 
 def keep_first_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """
-    Hook after `state_dict()`: leave out a module's second names, as torch.distributed.checkpoint knows the first only; and row by row,
-    as files hold them, what `to_decoding_layout` has laid out otherwise.
-    """
+    """Hook after `state_dict()`: leave out a module's second names. torch.distributed.checkpoint knows the first only."""
     first: dict[nn.Module, str] = {}
     named = module.named_modules(remove_duplicate=False)
     seconds = tuple(f"{prefix}{name}." for name, submodule in named if first.setdefault(submodule, name) != name)
-    for key in [key for key in state_dict if key.startswith(prefix)]:
-        if key.startswith(seconds):
-            del state_dict[key]
-        elif isinstance(tensor := state_dict[key], torch.Tensor):
-            state_dict[key] = tensor.contiguous()
+    for key in [key for key in state_dict if key.startswith(seconds)]:
+        del state_dict[key]
+
+
+def row_by_row(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Hook after `state_dict()`: tensors as files hold them, where `to_decoding_layout` has laid them out column by column."""
+    for key, value in state_dict.items():
+        if key.startswith(prefix) and isinstance(value, torch.Tensor):
+            state_dict[key] = value.contiguous()
 
 
 def checkpoint_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Any]) -> dict[str, Any]:
