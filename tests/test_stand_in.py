@@ -121,6 +121,22 @@ def test_layers_that_are_left_out_are_added(clock):
     assert len(model.layers) == 6 and len(timed.stack) == 6
 
 
+def test_what_is_done_beside_the_layers_for_each_is_added(clock):
+    model = SlowModel(clock, 2.0, [0.25] * 6)
+    timed = timing(model)
+
+    def run(depth: int) -> list[float]:
+        model(torch.zeros(1))
+        clock.now += 0.5 * depth  # as beams change places in a cache
+        timed.stack.beside.append(0.5 * depth)
+        return [2.0 + 0.75 * depth]
+
+    timed.run, timed.depth = run, 2
+    timed.sample()
+    assert timed.layer_seconds() == 0.75
+    assert timed.seconds() == 2.0 + 6 * 0.75
+
+
 @pytest.mark.parametrize(
     ("seconds", "depth", "samples"),
     [
@@ -190,6 +206,8 @@ def test_every_part_of_generate_is_timed(family, num_beams):
         near = seen("near")
         assert near == list(range(max(before, 2), max(before, 2) + 4))
         assert len(timings["near"].times) == 3
+        # Beams change places in the cache after every token, the last one too.
+        assert len(timings["near"].beside) == (4 if num_beams > 1 else 0)
         hook.remove()
     cache = made_by_generate(model, writer, workload)
     size = sum(

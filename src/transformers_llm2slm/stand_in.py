@@ -121,6 +121,8 @@ class LayerStack:
         self.owner = part.get_submodule(parent)
         self.layers = list(getattr(self.owner, self.name))
         self.stamps: list[float] = []
+        # Seconds that other things took which are done for each layer that runs, and all at once.
+        self.beside: list[float] = []
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -133,6 +135,7 @@ class LayerStack:
             self.stamps.append(time.perf_counter())
 
         self.stamps.clear()
+        self.beside.clear()
         hooks = [layer.register_forward_pre_hook(stamp) for layer in self.layers[:depth]]
         hooks.append(self.layers[depth - 1].register_forward_hook(stamp))
         setattr(self.owner, self.name, nn.ModuleList(self.layers[:depth]))
@@ -165,6 +168,7 @@ class Timing:
         self.spent = self.last = 0.0
         self.times: list[float] = []
         self.layer_times: list[list[float]] = []
+        self.beside: list[float] = []
 
     def sample(self) -> None:
         """Do it once more."""
@@ -172,6 +176,7 @@ class Timing:
         with self.stack.cut(self.depth):
             self.times += self.run(self.depth)
         self.layer_times += self.stack.layer_seconds(self.depth)
+        self.beside += self.stack.beside
         self.last = time.perf_counter() - start
         self.spent += self.last
 
@@ -189,12 +194,13 @@ class Timing:
             self.forget()
 
     def forget(self) -> None:
-        self.times, self.layer_times = [], []
+        self.times, self.layer_times, self.beside = [], [], []
 
     def layer_seconds(self) -> float:
-        """Seconds that a layer takes: the mean over the layers but the first of their medians."""
+        """Seconds that a layer takes: the mean over the layers but the first of their medians, and its part of what is beside."""
         medians = [statistics.median(times) for times in zip(*self.layer_times, strict=True)]
-        return statistics.mean(medians[1:] or medians)
+        beside = statistics.median(self.beside) / self.depth if self.beside else 0.0
+        return statistics.mean(medians[1:] or medians) + beside
 
     def seconds(self, num_layers: int | None = None) -> float:
         """Seconds that it takes with all layers, or so many."""
@@ -334,6 +340,8 @@ class Writer:
             prompt |= {"decoder_input_ids": tokens, "decoder_attention_mask": torch.ones_like(tokens)}
         clock = StepClock()
         self.writing.stamps.clear()
+        self.writing.beside.clear()
+        time_reordering(cache, self.writing.beside)
         self.generate(prompt | {self.cache_argument: cache}, STEPS + 1, clock)
         return [end - begin for begin, end in zip(clock.stamps, clock.stamps[1:], strict=False)]
 
@@ -393,6 +401,18 @@ def filled_layers(cache: Cache) -> Iterator[tuple[int, torch.Tensor, torch.Tenso
     for index, layer in enumerate(cache.layers):
         if isinstance(keys := getattr(layer, "keys", None), torch.Tensor):
             yield index, keys, layer.values, layer.sliding_window - 1 if layer.is_sliding else float("inf")
+
+
+def time_reordering(cache: Cache, seconds: list[float]) -> None:
+    """Note what it takes whenever beams change places in a cache, which copies what all of its layers hold."""
+    reorder: Callable[[torch.Tensor], None] = cache.reorder_cache
+
+    def timed(beam_idx: torch.Tensor) -> None:
+        start = time.perf_counter()
+        reorder(beam_idx)
+        seconds.append(time.perf_counter() - start)
+
+    cache.reorder_cache = timed  # type: ignore[method-assign]
 
 
 def lengthened(cache: Cache, length: int, prompt_length: int) -> Cache:
