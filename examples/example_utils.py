@@ -77,7 +77,9 @@ class ModelArguments:
     llm_name_or_path: str | None = option("LLM, hub id or folder; with --model_name_or_path: where its LLM lies")
     slm_name_or_path: str | None = option("SLM, hub id or folder")
     slm_layers: str | None = option("cut the SLM from the LLM: so many of its layers, or these, as in 0,5,11")
-    fusion: Literal["add", "align", "replace", "llm-embed"] | None = option("default: add or align, by the tokenizers")
+    fusion: Literal["add", "align", "replace", "llm-embed", "kv"] | None = option(
+        "default: add or align, by the tokenizers"
+    )
     llm_layer: str | None = option("hidden layer of the LLM to read, or several, as in 4,8,-1; default: the last")
     slm_encoder: Literal["keep", "skip"] | None = option("whether an encoder-decoder SLM keeps its encoder")
     projector_init: Literal["random", "zero", "identity", "fit"] | None = option(

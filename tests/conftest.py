@@ -242,6 +242,8 @@ PAIRS = [
     Pair("llama", "opt", "align"),
     Pair("t5", "phi3", "replace"),
     Pair("gpt2", "gemma3", "align"),
+    Pair("llama", "qwen3", "kv"),
+    Pair("gpt2", "gemma3", "kv"),
 ]
 
 
@@ -272,7 +274,7 @@ class Zoo:
 
     def sources(self, pair: Pair) -> tuple[str, str]:
         """Folders of LLM and SLM."""
-        llm_tokenizer = "bpe" if pair.fusion == "add" else "unigram"
+        llm_tokenizer = "bpe" if pair.fusion in ("add", "kv") else "unigram"
         return self.checkpoint(pair.llm, llm_tokenizer, "llm"), self.checkpoint(pair.slm, "bpe", "slm")
 
     def compose(self, pair: Pair, **kwargs: object) -> tuple[LLM2SLMForConditionalGeneration, LLM2SLMProcessor]:

@@ -246,7 +246,7 @@ def test_compose_leaves_a_checkpoint_alone(error, run, sources, tmp_path):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--fusion", "sum"], "`fusion` must be one of 'add', 'replace', 'llm-embed', 'align', got 'sum'"),
+        (["--fusion", "sum"], "`fusion` must be one of 'add', 'replace', 'llm-embed', 'align', 'kv', got 'sum'"),
         (["--fusion", "add"], '`fusion="add"` adds the SLM\'s embedding of the same token'),
         # Raised inside a strict dataclass, whose own words ("Class validation error for ...") are left out.
         (["--llm-layer", "9"], "`llm_layer` must lie in [-4, 3] for an LLM of 3 layers, got 9."),

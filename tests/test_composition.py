@@ -28,7 +28,7 @@ compose = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained
 def test_unknown_fusion_names_the_choices(zoo):
     llm, slm = zoo.sources(Pair("t5", "t5", "add"))
     with pytest.raises(
-        ValueError, match="`fusion` must be one of 'add', 'replace', 'llm-embed', 'align', got 'concat'"
+        ValueError, match="`fusion` must be one of 'add', 'replace', 'llm-embed', 'align', 'kv', got 'concat'"
     ):
         compose(llm, slm, fusion="concat")
 

@@ -119,7 +119,7 @@ def test_loading_with_arguments(tmp_path):
     [
         (
             {"fusion": "mean"},
-            r"`fusion` must be one of 'add', 'replace', 'llm-embed', 'align', got 'mean'. Set `fusion`",
+            r"`fusion` must be one of 'add', 'replace', 'llm-embed', 'align', 'kv', got 'mean'. Set `fusion`",
         ),
         ({"slm_encoder": "drop"}, r"`slm_encoder` must be one of 'keep', 'skip', got 'drop'"),
         (

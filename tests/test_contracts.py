@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 from conftest import PROMPTS, RESPONSES, Pair
-from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoProcessor
+from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoProcessor, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from transformers_llm2slm import LLM2SLMForConditionalGeneration
-from transformers_llm2slm.structure import accepts, embed_tokens
+from transformers_llm2slm.structure import accepts, cache_argument, embed_tokens
 
 
 def make_batch(processor, prompts=PROMPTS, responses=RESPONSES, side="right"):
@@ -109,6 +109,22 @@ def test_4_two_roads_one_result(composed):
     torch.testing.assert_close(forced, stepwise.to(forced.dtype), rtol=0, atol=1e-4)
 
 
+def to_the_left(rows, mask):
+    """Rows that are padded on the right, padded on the left."""
+    return torch.stack([torch.cat([row[~m.bool()], row[m.bool()]]) for row, m in zip(rows, mask, strict=True)])
+
+
+def filled_cache(model, states, copies=1):
+    """A cache of all tokens of left-padded prompts but the last, of their keys and values (`fusion="kv"`)."""
+    heads = model.slm.config.num_key_value_heads
+    states = states[:, :-1].unflatten(-1, (heads, -1)).transpose(1, 3).repeat_interleave(copies, dim=0)
+    cache = DynamicCache()
+    for layer in range(model.slm.config.num_hidden_layers):
+        # (batch_size, num_heads, 2 * num_layers, length, head_size)
+        cache.update(states[:, :, 2 * layer], states[:, :, 2 * layer + 1], layer)
+    return cache
+
+
 @torch.no_grad()
 def test_5_native_generation(composed):
     """`generate` is the SLM's own, fed with the fused prompt: same tokens, same scores, same type of output."""
@@ -124,11 +140,14 @@ def test_5_native_generation(composed):
     elif model.slm.config.is_encoder_decoder:
         fed = {"inputs_embeds": states, "attention_mask": mask}
     else:  # the padding goes to the left
-        rows = [torch.cat([row[~m.bool()], row[m.bool()]]) for row, m in zip(states, mask, strict=True)]
-        fed = {"inputs_embeds": torch.stack(rows), "attention_mask": mask.flip(1)}
+        fed = {"inputs_embeds": to_the_left(states, mask), "attention_mask": mask.flip(1)}
+    if pair.fusion == "kv":
+        cache = filled_cache(model, fed.pop("inputs_embeds"), arguments["num_beams"])
+        fed |= {"input_ids": to_the_left(batch["input_ids"], mask), cache_argument(model.slm.forward): cache}
     theirs = model.slm.generate(**fed, **arguments)
     assert type(ours) is type(theirs)
-    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    written = theirs.sequences[:, mask.shape[1] if pair.fusion == "kv" else 0 :]
+    assert ours.sequences.tolist() == written.tolist()
     torch.testing.assert_close(ours.sequences_scores, theirs.sequences_scores, rtol=0, atol=1e-5)
     again = model.generate(prompt=prompt, **arguments)
     assert again.sequences.tolist() == ours.sequences.tolist()
@@ -188,15 +207,23 @@ def test_8_loss_and_logits(composed):
         prompt = model.encode_prompt(**{k: v for k, v in batch.items() if k != "labels"})
         states, mask = prompt.prompt_states, prompt.attention_mask
         if not model.slm.config.is_encoder_decoder:
-            prompt_rows = [torch.cat([s[~m.bool()], s[m.bool()]]) for s, m in zip(states, mask, strict=True)]
-            tokens = labels.masked_fill(labels == -100, 0)
+            states = to_the_left(states, mask)
+            tokens = embed_tokens(model.slm, labels.masked_fill(labels == -100, 0))
             full_mask = torch.cat([mask.flip(1), torch.ones_like(labels)], dim=1)
-            positions = {"position_ids": (full_mask.cumsum(dim=1) - 1).clamp(min=0)}
+            positions = (full_mask.cumsum(dim=1) - 1).clamp(min=0)
+            cached = 0
+            fed = {}
+            if pair.fusion == "kv":
+                cached = mask.shape[1] - 1
+                fed[cache_argument(model.slm.forward)] = filled_cache(model, states)
+                states = embed_tokens(model.slm, to_the_left(batch["input_ids"], mask)[:, -1:])
+            if accepts(model.slm.forward, "position_ids"):
+                fed["position_ids"] = positions[:, cached:]
             own = model.slm(
-                inputs_embeds=torch.cat([torch.stack(prompt_rows), embed_tokens(model.slm, tokens)], dim=1),
+                inputs_embeds=torch.cat([states, tokens], dim=1),
                 attention_mask=full_mask,
-                labels=torch.cat([torch.full_like(mask, -100), labels], dim=1),
-                **(positions if accepts(model.slm.forward, "position_ids") else {}),
+                labels=torch.cat([torch.full_like(mask, -100), labels], dim=1)[:, cached:],
+                **fed,
             )
         elif dict(pair.options).get("slm_encoder") == "skip":
             encoded = BaseModelOutput(last_hidden_state=states)

@@ -29,6 +29,7 @@ EXPORTED = (
     Pair("llama", "llama", "align"),
     Pair("llama", "gpt2", "llm-embed"),
     Pair("qwen3", "gemma3", "add", (("llm_layer", (1, 2)),)),
+    Pair("llama", "qwen3", "kv"),
 )
 
 

@@ -36,6 +36,7 @@ PAIRS = [
     Pair("mt5", "mt5", "replace", (("llm_layer", (0, 1, -1)),)),
     Pair("llama", "llama", "align"),
     Pair("mt5", "llama", "llm-embed"),
+    Pair("llama", "qwen3", "kv"),
 ]
 
 

@@ -42,6 +42,7 @@ LOSSLESS_PAIRS = [
     Pair("gpt2", "gpt-neo", "add", (("projector_num_layers", 3),)),
     Pair("gemma3", "mistral", "llm-embed", (("llm_layer", (1, -1)),)),
     Pair("qwen3", "qwen3", "align", (("projector_num_layers", 1),)),
+    Pair("llama", "qwen3", "kv"),
 ]
 
 

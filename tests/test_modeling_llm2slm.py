@@ -26,6 +26,7 @@ FUSED = [  # each fusion with both kinds of SLM
     Pair("t5", "llama", "llm-embed"),
     Pair("llama", "t5", "align"),
     Pair("t5", "gpt2", "align"),
+    Pair("llama", "qwen3", "kv"),
 ]
 
 
@@ -158,8 +159,12 @@ def test_mask_may_be_boolean(request, kind):
 
 # Cached states of the LLM ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("llm_layer", [-1, [0, 1, -1]], ids=str)
-@pytest.mark.parametrize("pair", FUSED, ids=str)
+@pytest.mark.parametrize(
+    ("pair", "llm_layer"),
+    # With keys and values there is a layer for each of the SLM's.
+    [(pair, layer) for pair in FUSED for layer in ([None] if pair.fusion == "kv" else [-1, [0, 1, -1]])],
+    ids=str,
+)
 @torch.no_grad()
 def test_cached_states_stand_for_the_llm(zoo, tmp_path, pair, llm_layer, side):
     """States from the LLM, padded on any side, give the live LLM's logits, also to a model that was loaded without it."""
@@ -170,7 +175,9 @@ def test_cached_states_stand_for_the_llm(zoo, tmp_path, pair, llm_layer, side):
     expected = model(**batch).logits
     states = model.model.llm_states(batch["input_ids"], batch["attention_mask"])
     num_states = (3 if isinstance(llm_layer, list) else 1) + (pair.fusion == "llm-embed")
-    assert states.shape == (*batch["input_ids"].shape, num_states, model.config.llm_hidden_size)
+    if pair.fusion == "kv":
+        num_states = 2 * model.slm.config.num_hidden_layers
+    assert states.shape == (*batch["input_ids"].shape, num_states, model.config.llm_state_size)
 
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     width = states.shape[1]
@@ -180,7 +187,7 @@ def test_cached_states_stand_for_the_llm(zoo, tmp_path, pair, llm_layer, side):
         cached[row, place] = states[row, :length]
     cached = cached.nan_to_num(1e3)
     inputs = make_batch(processor, side=side)
-    if pair.fusion != "add":
+    if pair.fusion not in ("add", "kv"):
         del inputs["input_ids"]
     model.save_pretrained(tmp_path)
     without_llm = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path, load_llm=False)

@@ -344,7 +344,9 @@ def test_tokenizers_that_do_not_belong(make):
         make(llm=slow)
     with pytest.raises(ValueError, match=r'offsets; the SLM\'s, CharacterTokenizer, does not.*`fusion="replace"`'):
         make(slm=slow, llm="bpe")
-    with pytest.raises(ValueError, match=r"`fusion` must be one of 'add', 'replace', 'llm-embed', 'align', got 'mix'"):
+    with pytest.raises(
+        ValueError, match=r"`fusion` must be one of 'add', 'replace', 'llm-embed', 'align', 'kv', got 'mix'"
+    ):
         make(fusion="mix")
     processor = make(llm=slow, fusion="replace")
     assert processor(text="Hi")["input_ids"] == [ord("H"), ord("i")]

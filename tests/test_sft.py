@@ -29,6 +29,7 @@ PAIRS = [
     Pair("gpt2", "gemma3", "align"),
     Pair("bert", "opt", "replace"),
     Pair("mt5", "llama", "llm-embed"),
+    Pair("llama", "qwen3", "kv"),
 ]
 SETTINGS = {
     "learning_rate": 1e-3,

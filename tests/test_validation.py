@@ -109,7 +109,7 @@ REFUSED = [
     ("slm_config.use_cache", [1], "`slm_config.use_cache` must be true or false, got [1]"),
     ("llm_layer", "last", "'llm_layer' with value 'last' doesn't match any type"),
     ("projector_num_layers", None, "'projector_num_layers' expected int, got NoneType"),
-    ("fusion", "mean", "`fusion` must be one of 'add', 'replace', 'llm-embed', 'align', got 'mean'"),
+    ("fusion", "mean", "`fusion` must be one of 'add', 'replace', 'llm-embed', 'align', 'kv', got 'mean'"),
     (
         "is_encoder_decoder",
         False,
@@ -457,7 +457,7 @@ def test_processors(checkpoint):
         ("max_prompt_length", -1, "`max_prompt_length` must be a positive number of tokens, got -1"),
         ("slm_max_prompt_length", "5", "`slm_max_prompt_length` must be a positive number of tokens, got '5'"),
         ("decoder_start_token_id", 0.5, "`decoder_start_token_id` must be the id of a token, a whole number, got 0.5"),
-        ("fusion", ["add"], "`fusion` must be one of 'add', 'replace', 'llm-embed', 'align', got ['add']"),
+        ("fusion", ["add"], "`fusion` must be one of 'add', 'replace', 'llm-embed', 'align', 'kv', got ['add']"),
     ):
         (checkpoint / "processor_config.json").write_text(original)
         edit(checkpoint, setter(field, value), "processor_config.json")

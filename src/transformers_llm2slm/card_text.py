@@ -22,6 +22,7 @@ _FUSION_TEXTS = {
     "add": "projected LLM states, added to the SLM's embeddings of the same tokens.",
     "replace": "projected LLM states in place of the SLM's embeddings of the prompt.",
     "llm-embed": "projected LLM states, added to the LLM's own embeddings through a linear map.",
+    "kv": "keys and values that the LLM's layers made of the prompt, through linear maps, as the SLM's cache.",
     "align": "the prompt in the SLM's tokens, each added to the projected state of the LLM token over the same characters.",
 }
 _LIMITS = (
@@ -54,9 +55,11 @@ def parts_text(model: LLM2SLMForConditionalGeneration, base_models: Sequence[str
     llm, slm = model_links(config, base_models)
     states = ", ".join(map(str, config.llm_layers))
     llm_states = "its last layer" if config.llm_layers == [-1] else f"its hidden states {states}"
+    if config.fusion == "kv":
+        llm_states = f"keys and values of its layers {ranges(config.llm_layers)}"
     parts = {
         "LLM": (f"{llm} (`{config.llm_config.model_type}`), {llm_states}", _counted_llm(model)),
-        "projector": (f"{config.projector_num_layers} linear layers", model.projector),
+        "projector": (f"{len(model.projector.layers)} linear layers", model.projector),
         "SLM": (f"{slm} (`{config.slm_config.model_type}`)", model.slm),
     }
     rows = {name: {"what it is": what, **count_parameters(module)} for name, (what, module) in parts.items()}
@@ -113,6 +116,12 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def _projector_text(config: LLM2SLMConfig) -> str:
+    if config.fusion == "kv":
+        added = ", added to the LLM's own" if config.projector_residual else ""
+        widths = f"{config.llm_state_size} to {config.slm_state_size}"
+        return (
+            f"{config.num_llm_states} linear maps of widths {widths}{added}; initialised as `{config.projector_init}`."
+        )
     hidden = config.projector_hidden_size or max(config.llm_hidden_size, config.slm_hidden_size)
     sizes = [config.llm_hidden_size, *[hidden] * (config.projector_num_layers - 1), config.slm_hidden_size]
     shape = " to ".join(map(str, sizes))

@@ -15,6 +15,7 @@ from .configuration_llm2slm import (
     PROJECTOR_INITS,
     LLM2SLMConfig,
     check_choice,
+    decoder_text_config,
     encoder_text_config,
 )
 from .loading import (
@@ -29,7 +30,7 @@ from .loading import (
     slm_auto_class,
     take_prefixed,
 )
-from .probes import check_can_read, check_can_write
+from .probes import check_can_read, check_can_write, check_keeps_key_values
 from .reference import pin_revision, reference_to
 
 if TYPE_CHECKING:
@@ -94,11 +95,17 @@ def compose(
         fields, fusion, projector_init = defaults_of_cut(llm_model, fields, fusion, projector_init)
     elif fields.get("slm_encoder", "keep") == "keep":
         check_can_write(slm_model)
+    if fusion == "kv":
+        fields = defaults_of_key_values(llm_model, slm_model, fields)
     tokenizers = (llm_source, slm_source, llm_kwargs, slm_kwargs)
     if slm_layers is not None:  # what is cut from the LLM has its tokenizer
         tokenizers = (llm_source, llm_source, llm_kwargs, llm_kwargs)
     fusion = _choose_fusion(fusion, fields, processor, *tokenizers)
     projector_init = projector_init or "random"
+    if fusion == "kv" and projector_init not in ("random", "identity"):
+        raise ValueError(
+            f'`fusion="kv"` takes `projector_init="identity"` (equal heads) or `"random"`, got {projector_init!r}.'
+        )
     if projector_init == "zero" and fusion not in ("add", "align"):
         raise ValueError(
             f'`projector_init="zero"` needs `fusion="add"` or `"align"`, got {fusion!r}: nothing of the prompt would reach '
@@ -121,6 +128,9 @@ def compose(
         **fields,
     )
     check_can_read(llm_model, config)
+    if fusion == "kv":
+        check_keeps_key_values(llm_model, config.llm_config, "LLM")
+        check_keeps_key_values(slm_model, config.slm_config, "SLM")
     # A fit takes its goals from the SLM's encoder too, which "skip" drops.
     whole_slm = copy.deepcopy(slm_model) if config.slm_encoder == "skip" and projector_init == "fit" else slm_model
     generation_config = slm_model.generation_config
@@ -212,9 +222,20 @@ def defaults_of_cut(
         fields.setdefault("slm_encoder", "skip")
     else:
         total = encoder_text_config(llm.config).num_hidden_layers
-        if layers == list(range(total - len(layers), total)):
+        if fusion != "kv" and layers == list(range(total - len(layers), total)):
             fields.setdefault("llm_layer", total - len(layers))
     return fields, fusion or "replace", projector_init or "identity"
+
+
+def defaults_of_key_values(llm: PreTrainedModel, slm: PreTrainedModel, fields: dict[str, Any]) -> dict[str, Any]:
+    """Defaults for `fusion="kv"`: each layer of a cut SLM gets what it had in the LLM, one of another SLM what is as high up."""
+    fields.setdefault("projector_num_layers", 1)
+    layers, total = (decoder_text_config(part.config).num_hidden_layers for part in (slm, llm))
+    if "llm_layer" not in fields:
+        fields["llm_layer"] = fields.get("slm_layers") or [
+            round(index * (total - 1) / max(layers - 1, 1)) for index in range(layers)
+        ]
+    return fields
 
 
 # Tokenizers --------------------------------------------------------------------------------------------------------------
@@ -278,15 +299,16 @@ def _choose_fusion(
     else:
         return fusion
     equal = tokenizers_equal(*tokenizers)
-    if fusion == "add" and not equal:
-        raise ValueError(different_tokenizers(*tokenizers))
+    if fusion in ("add", "kv") and not equal:
+        raise ValueError(different_tokenizers(*tokenizers, fusion))
     return fusion or ("add" if equal else "align")
 
 
-def different_tokenizers(llm_tokenizer: Any, tokenizer: Any) -> str:
-    """Error text for `fusion="add"` with two tokenizers."""
+def different_tokenizers(llm_tokenizer: Any, tokenizer: Any, fusion: str = "add") -> str:
+    """Error text for a fusion that takes one tokenizer, with two."""
+    reason = "adds the SLM's embedding of the same token" if fusion == "add" else "has the SLM read the last token"
     return (
-        '`fusion="add"` adds the SLM\'s embedding of the same token, so LLM and SLM must share one tokenizer; expected '
+        f'`fusion="{fusion}"` {reason}, so LLM and SLM must share one tokenizer; expected '
         f"equal ones, found {type(llm_tokenizer).__name__} with {len(llm_tokenizer)} tokens and "
         f'{type(tokenizer).__name__} with {len(tokenizer)}. Use `fusion="align"` (aligned by characters), '
         '`"replace"` or `"llm-embed"`.'

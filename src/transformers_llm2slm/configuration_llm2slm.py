@@ -1,5 +1,6 @@
 """Configuration of an LLM-to-SLM model: which frozen LLM, which SLM, and how the two are joined."""
 
+import math
 import os
 from typing import Any, Literal, get_args
 
@@ -14,7 +15,7 @@ from .remote_code import IncludesCode, code_included, with_code, without_code
 from .validation import FORMAT_VERSION, PARTS, check_config
 from .version import __version__
 
-Fusion = Literal["add", "replace", "llm-embed", "align"]
+Fusion = Literal["add", "replace", "llm-embed", "align", "kv"]
 ProjectorInit = Literal["random", "zero", "identity", "fit"]
 ProjectorNorm = Literal["none", "layer_norm", "rms_norm"]
 SLMEncoder = Literal["keep", "skip"]
@@ -50,6 +51,14 @@ def decoder_text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config if config.is_encoder_decoder else config.get_text_config()
 
 
+def key_value_heads(config: PreTrainedConfig) -> tuple[int, int]:
+    """Number and size of the heads whose keys and values a decoder keeps; zeros where its configuration does not tell."""
+    text_config = decoder_text_config(config)
+    heads = getattr(text_config, "num_attention_heads", None) or 0
+    size = getattr(text_config, "head_dim", None) or (text_config.hidden_size // heads if heads else 0)
+    return getattr(text_config, "num_key_value_heads", None) or heads, size
+
+
 @strict
 class LLM2SLMConfig(IncludesCode, PreTrainedConfig):
     r"""
@@ -63,9 +72,12 @@ class LLM2SLMConfig(IncludesCode, PreTrainedConfig):
             `"replace"`: projected states alone;
             `"llm-embed"`: projected states + the LLM's embedding of the token through a linear map;
             `"align"`: the prompt in the SLM's tokens, each added to the projected state of the LLM token that covers
-            the same characters (for two tokenizers).
+            the same characters (for two tokenizers);
+            `"kv"`: the keys and values that layers of the LLM made of the prompt, through a linear map each, as the SLM's
+            cache (two decoder-only models with one tokenizer). The SLM reads no prompt but its last token.
         llm_layer (`int` or `list[int]`, defaults to -1): Index into the LLM's hidden states (0 is its embedding output,
-            -1 its last layer). A list gives a learned softmax-weighted mix of these layers.
+            -1 its last layer). A list gives a learned softmax-weighted mix of these layers. With `"kv"`, the LLM's layers
+            (0 is the first) whose keys and values the SLM's layers get, one for each.
         slm_encoder (`str`, defaults to `"keep"`): For an encoder-decoder SLM: `"keep"` feeds the fused prompt to its
             encoder, `"skip"` hands it straight to its decoder as encoder output, and the encoder is dropped.
         slm_layers (`list[int]`, *optional*): Decoder layers of the LLM that the SLM was cut from.
@@ -150,12 +162,14 @@ class LLM2SLMConfig(IncludesCode, PreTrainedConfig):
                 f'`slm_encoder="skip"` needs an encoder-decoder SLM, got a decoder-only `{self.slm_config.model_type}`. '
                 'Use `slm_encoder="keep"`.'
             )
-        if self.projector_residual and self.llm_hidden_size != self.slm_hidden_size:
+        if self.projector_residual and self.llm_state_size != self.slm_state_size:
             raise ValueError(
                 "`projector_residual=True` needs an LLM and an SLM of equal width, got "
-                f"{self.llm_hidden_size} and {self.slm_hidden_size}. Set `projector_residual=False`, or compose with "
+                f"{self.llm_state_size} and {self.slm_state_size}. Set `projector_residual=False`, or compose with "
                 'another `projector_init` than "identity".'
             )
+        if self.fusion == "kv":
+            self._validate_key_values()
         layers = self.num_llm_layers
         for layer in self.llm_layers:
             if layers is not None and not -layers - 1 <= layer <= layers:
@@ -179,6 +193,26 @@ class LLM2SLMConfig(IncludesCode, PreTrainedConfig):
                 raise ValueError(
                     f"`{name}decoder_start_token_id` must be one of the SLM's {vocab_size} tokens, got {start}."
                 )
+
+    def _validate_key_values(self) -> None:
+        """What `fusion="kv"` asks for."""
+        for part, config in (("LLM", self.llm_config), ("SLM", self.slm_config)):
+            if config.is_encoder_decoder or not all(key_value_heads(config)):
+                raise ValueError(
+                    f'`fusion="kv"` needs a decoder-only {part} that keeps keys and values, got a `{config.model_type}`. Choose '
+                    "another fusion."
+                )
+        total, layers = self.num_llm_layers or 0, self.slm_config.get_text_config().num_hidden_layers
+        if len(self.llm_layers) != layers or not all(0 <= layer < total for layer in self.llm_layers):
+            raise ValueError(
+                f"`fusion=\"kv\"` needs one of the LLM's {total} layers in `llm_layer` for each of the SLM's {layers}, got "
+                f"{self.llm_layer}."
+            )
+        if self.projector_num_layers != 1 or self.projector_norm != "none":
+            raise ValueError(
+                '`fusion="kv"` maps keys and values by one linear layer each: set `projector_num_layers=1` and '
+                f'`projector_norm="none"`, got {self.projector_num_layers} and {self.projector_norm!r}.'
+            )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -238,6 +272,21 @@ class LLM2SLMConfig(IncludesCode, PreTrainedConfig):
         return text_config.hidden_size
 
     @property
+    def slm_key_value_heads(self) -> tuple[int, int]:
+        """Number and size of the heads whose keys and values the SLM keeps."""
+        return key_value_heads(self.slm_config)
+
+    @property
+    def llm_state_size(self) -> int:
+        """Width of each state that is kept of an LLM token: a hidden state or, for `"kv"`, all keys (or values) of a layer."""
+        return math.prod(key_value_heads(self.llm_config)) if self.fusion == "kv" else self.llm_hidden_size
+
+    @property
+    def slm_state_size(self) -> int:
+        """Width of what the projector makes of it."""
+        return math.prod(self.slm_key_value_heads) if self.fusion == "kv" else self.slm_hidden_size
+
+    @property
     def num_llm_layers(self) -> int | None:
         """Number of layers the LLM reads with."""
         config = self.llm_config
@@ -252,7 +301,12 @@ class LLM2SLMConfig(IncludesCode, PreTrainedConfig):
 
     @property
     def num_llm_states(self) -> int:
-        """States kept of each LLM token: one a layer in `llm_layer`, and the token's embedding for `"llm-embed"`."""
+        """
+        States kept of each LLM token: one a layer in `llm_layer`, and the token's embedding for `"llm-embed"`; two a layer,
+        keys and values, for `"kv"`.
+        """
+        if self.fusion == "kv":
+            return 2 * len(self.llm_layers)
         return len(self.llm_layers) + (self.fusion == "llm-embed")
 
     # What generation, Trainer and pipelines ask a model's config is answered by the SLM ------------------------------

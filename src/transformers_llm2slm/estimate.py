@@ -309,7 +309,7 @@ def projecting_seconds(config: LLM2SLMConfig, slm: Writer, llm_dtype: torch.dtyp
     """Seconds from the LLM's states to the fused prompts."""
     projector = LLM2SLMProjector(config).to(slm_dtype)
     shape = slm.workload.batch_size, slm.workload.prompt_length
-    states = torch.randn(*shape, config.num_llm_states, config.llm_hidden_size).to(llm_dtype)
+    states = torch.randn(*shape, config.num_llm_states, config.llm_state_size).to(llm_dtype)
     input_ids = slm.tokens(*shape)
     mask = torch.ones_like(input_ids)
     return seconds_of(lambda: fuse(config.fusion, slm.model, projector(states), mask, input_ids), repeats=3)

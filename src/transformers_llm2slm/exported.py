@@ -15,6 +15,7 @@ from .configuration_llm2slm import LLM2SLMConfig
 from .evaluation import require_extra
 from .export_graphs import cache_tensors, filled_cache
 from .generation import LLM2SLMGenerationMixin
+from .key_values import continued_prompt, last_tokens
 from .modeling_llm2slm import LLM2SLMPreTrainedModel
 from .prompt import LLM2SLMPrompt, prompt_mask, slm_view
 from .structure import mask_positions, move_padding
@@ -135,6 +136,8 @@ class ExportedSLM(PreTrainedModel, GenerationMixin):
                 for name, shapes in self.cache_shapes.items()
             }
             cache.layers = filled_cache(**past).layers
+        elif (rows := len(cache.layers[0].keys)) != batch_size:  # beams share the prompt that the cache begins with
+            cache.batch_repeat_interleave(batch_size // rows)
         outputs = self.sessions["step"](**inputs, **cache_tensors(cache))
         for index, layer in enumerate(cache.layers):
             layer.keys, layer.values = outputs[f"new_keys.{index}"], outputs[f"new_values.{index}"]
@@ -234,15 +237,17 @@ class ExportedParts(nn.Module):
             [`LLM2SLMPrompt`]. For an SLM with an encoder its states are what that encoder made of the fused prompt.
         """
         mask = prompt_mask(self.config, None, input_ids, attention_mask, None)
+        assert input_ids is not None  # or prompt_mask raised
         reads = {
-            "input_ids": move_padding(input_ids, mask, "right"),  # type: ignore[arg-type]  # or prompt_mask raised
+            "input_ids": move_padding(input_ids, mask, "right"),
             "attention_mask": move_padding(mask, mask, "right"),
         }
         mask = reads["attention_mask"]
         if self.config.fusion == "align":
             reads |= slm_view(slm_input_ids, slm_attention_mask, alignment)
             mask = reads["slm_attention_mask"]
-        return LLM2SLMPrompt(prompt_states=self.session(**reads)["prompt_states"], attention_mask=mask)
+        last = last_tokens(reads["input_ids"], mask) if self.config.fusion == "kv" else None
+        return LLM2SLMPrompt(self.session(**reads)["prompt_states"], mask, last)
 
     def slm_prompt(self, prompt: LLM2SLMPrompt) -> dict[str, Any]:
         """The arguments by which the SLM's `generate` takes a prompt."""
@@ -250,6 +255,10 @@ class ExportedParts(nn.Module):
         if self.slm.config.is_encoder_decoder:
             return {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
         states, mask = (move_padding(tensor, mask, "left") for tensor in (states, mask))
+        if self.config.fusion == "kv":
+            assert prompt.last_token_ids is not None
+            last = self.slm.sessions["embed"](input_ids=prompt.last_token_ids)["inputs_embeds"]
+            return continued_prompt(self.slm, self.config, states, mask, last)
         return {"inputs_embeds": states, "attention_mask": mask}
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .alignment import align_tokens
+from .llm_states import hidden_states
 from .structure import accepts, embed_tokens, embedding_scale, move_padding, reader
 
 if TYPE_CHECKING:
@@ -58,6 +59,10 @@ def fit_projector(
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"`prompts` must be a list of texts to fit to, a few hundred of them, got {prompts!r:.80}.")
+    if model.config.fusion == "kv":
+        raise ValueError(
+            '`fusion="kv"` hands over keys and values, which are not fitted: start from `"identity"` or `"random"`.'
+        )
     slm = model.slm if slm is None else slm
     projector = model.projector
     last: nn.Linear = projector.layers[-1]  # type: ignore[assignment]
@@ -126,7 +131,7 @@ def fit_slm_embeddings(
         ids, mask = (move_padding(tensor, mask, "right") for tensor in (ids, mask))
         real = mask.bool()
         real[:, 0] = False  # a first token's state is like no other: much of the attention rests on it
-        states = model.projector(model.model.llm_states(ids, mask).to(model.device))[real].float()
+        states = _states_at_cut(model, ids, mask)[real].float()
         sums.index_add_(0, ids[real], states)
         counts.index_add_(0, ids[real], counts.new_ones(len(states), 1))
     seen, features = counts[:, 0] > 0, nn.functional.pad(embeddings, (0, 1), value=1.0)
@@ -137,6 +142,16 @@ def fit_slm_embeddings(
     weight = (sums + prior * fitted) / (counts + prior) / embedding_scale(model.slm)
     embedding.weight = nn.Parameter(weight.to(embedding.weight.dtype))
     model.slm.config.tie_word_embeddings = False
+
+
+def _states_at_cut(model: LLM2SLMForConditionalGeneration, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What the SLM's first layer gets of a prompt; with `fusion="kv"`, where it reads none, what that layer got in the LLM."""
+    if model.config.fusion != "kv":
+        return model.projector(model.model.llm_states(ids, mask).to(model.device))
+    lowest = model.config.slm_layers[0]  # type: ignore[index]  # there are some, or it is no cut
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "return_dict": True}
+    assert model.llm is not None  # by what `fit_slm_embeddings` has checked
+    return hidden_states(model.llm, [lowest], model.config.num_llm_layers, inputs)[0].to(model.device)
 
 
 def _pairs(

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from .configuration_llm2slm import LLM2SLMConfig
+from .key_values import read_key_values
 from .prompt import check_prompt_length
 from .structure import accepts, embed_tokens, layer_list
 
@@ -33,8 +34,8 @@ def read_llm_states(
         input_ids, attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`).
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, prompt_length, num_llm_states, llm_hidden_size)`: the layers of
-        `config.llm_layer` and, for `fusion="llm-embed"`, the tokens' embeddings.
+        `torch.Tensor` of shape `(batch_size, prompt_length, num_llm_states, llm_state_size)`: the layers of
+        `config.llm_layer` and, for `fusion="llm-embed"`, the tokens' embeddings; for `"kv"`, their keys and values.
 
     Raises:
         ValueError: for prompts that are longer than the LLM can read.
@@ -43,6 +44,8 @@ def read_llm_states(
     body = llm.get_encoder() if llm.config.is_encoder_decoder else llm
     device = body.get_input_embeddings().weight.device
     inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device), "return_dict": True}
+    if config.fusion == "kv":
+        return torch.stack(read_key_values(body, config.llm_layers, inputs), dim=2)
     if accepts(body.forward, "use_cache"):
         inputs["use_cache"] = False
     states = hidden_states(body, config.llm_layers, config.num_llm_layers, inputs)

@@ -182,7 +182,7 @@ class PromptReader:
 
     @property
     def bytes_per_token(self) -> int:
-        return bytes_per_token(self.config.num_llm_states, self.config.llm_hidden_size, self.dtype)
+        return bytes_per_token(self.config.num_llm_states, self.config.llm_state_size, self.dtype)
 
     def settings(self) -> dict[str, Any]:
         """All that the states of a token sequence depend on, by name. Raises a `ValueError` for a nameless LLM."""
@@ -206,7 +206,7 @@ class PromptReader:
             "LLM quantization": config.llm_quantization_config,
             "LLM layer": layers,
             "LLM embeddings": config.fusion == "llm-embed",
-            SHAPE: [config.num_llm_states, config.llm_hidden_size],
+            SHAPE: [config.num_llm_states, config.llm_state_size],
             "tokenizer": _tokenizer_fingerprint(self.processor.llm_tokenizer),
             "maximum prompt length": self.max_prompt_length,
             DTYPE: self.dtype,

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .configuration_llm2slm import decoder_text_config
+from .key_values import recorded_key_values
 from .llm_states import recorded_states
 from .prompt import LLM2SLMPrompt, check_prompt_length, without_prompt_length
 from .structure import accepts, cache_argument, embed_tokens, position_limit
@@ -251,7 +252,9 @@ class SLMCandidateGenerator(CandidateGenerator):
                 tokens = torch.tensor([[self.start_token_id, *new]], device=self.slm.device)
             inputs = prompt | {"decoder_input_ids": tokens}
         elif self.cache is None:
-            inputs = {"inputs_embeds": torch.cat([prompt["inputs_embeds"], embed_tokens(self.slm, tokens)], dim=1)}
+            self.cache = prompt.get(self.cache_argument)  # the prompt is there already with `fusion="kv"`
+            embeds = prompt["inputs_embeds"][:, 0 if self.cache is None else self.cache.get_seq_length() :]
+            inputs = {"inputs_embeds": torch.cat([embeds, embed_tokens(self.slm, tokens)], dim=1)}
         else:
             inputs = {"input_ids": tokens}
         if self.cache is None:
@@ -351,7 +354,11 @@ def generate_lossless(
     body = llm.get_encoder() if seq2seq else llm.base_model
     drafters: list[SLMCandidateGenerator] = []
 
-    with recorded_states(body, config.llm_layers, config.num_llm_layers) as recorded:
+    if config.fusion == "kv":
+        recording = recorded_key_values(body, config.llm_layers, ids.shape[1])
+    else:
+        recording = recorded_states(body, config.llm_layers, config.num_llm_layers)
+    with recording as recorded:
 
         def read_prompt() -> dict[str, Any] | None:
             if not recorded:

@@ -27,6 +27,7 @@ from .checkpoint import (
 from .composition import compose
 from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig, check_choice
 from .generation import LLM2SLMGenerationMixin
+from .key_values import KeyValueProjector, cached_length, continued_prompt
 from .llm_states import read_llm_states
 from .loading import HUB_ARGUMENTS, build_slm, freeze, quantization_of, take_prefixed
 from .outputs import LLM2SLMModelOutput, LLM2SLMOutput, cache_of
@@ -113,7 +114,7 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
 
     def __init__(self, config: LLM2SLMConfig, slm: PreTrainedModel | None = None):
         super().__init__(config)
-        self.projector = LLM2SLMProjector(config)
+        self.projector = (KeyValueProjector if config.fusion == "kv" else LLM2SLMProjector)(config)
         self.slm = build_slm(config.slm_config) if slm is None else slm
         if config.slm_encoder == "skip":
             drop_module(self.slm, self.slm.get_encoder(), "The SLM's encoder")
@@ -200,7 +201,7 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
         else:
             states = llm_hidden_states if llm_hidden_states.dim() == 4 else llm_hidden_states.unsqueeze(2)
             states = move_padding(states, attention_mask.to(states.device), "right")
-        expected = (self.config.num_llm_states, self.config.llm_hidden_size)
+        expected = (self.config.num_llm_states, self.config.llm_state_size)
         if tuple(states.shape[2:]) != expected:
             raise ValueError(
                 f"This projector takes {expected[0]} LLM state(s) of width {expected[1]} for each token, got "
@@ -219,6 +220,9 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
         if not self.slm.config.is_encoder_decoder:
             # The response follows at once, so the padding goes before the prompt.
             states, mask = (move_padding(t, mask, "left") for t in (states, mask))
+        if self.config.fusion == "kv":
+            last = embed_tokens(self.slm, prompt.last_token_ids).to(self.dtype)  # type: ignore[arg-type]
+            return continued_prompt(self.slm, self.config, states, mask, last)
         return {"inputs_embeds": states, "attention_mask": mask}
 
     def slm_inputs(self, prompt: LLM2SLMPrompt, decoder_input_ids: torch.Tensor | None) -> dict[str, Any]:
@@ -230,15 +234,15 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
                 decoder_input_ids = start.to(self.device)
             check_response_length(decoder_input_ids.shape[1], 0, self.slm, "SLM")
             return kwargs | {"decoder_input_ids": decoder_input_ids}
-        embeds, mask = kwargs["inputs_embeds"], kwargs["attention_mask"]
+        embeds, mask, read = kwargs.pop("inputs_embeds"), kwargs.pop("attention_mask"), cached_length(self.slm, kwargs)
         if decoder_input_ids is not None and decoder_input_ids.shape[1] > 0:
             response = embed_tokens(self.slm, decoder_input_ids).to(embeds.dtype)
             check_response_length(response.shape[1], embeds.shape[1], self.slm, "SLM")
             embeds = torch.cat([embeds, response], dim=1)
             mask = torch.cat([mask, torch.ones_like(decoder_input_ids, dtype=mask.dtype)], dim=1)
-        kwargs = {"inputs_embeds": embeds, "attention_mask": mask}
+        kwargs |= {"inputs_embeds": embeds[:, read:], "attention_mask": mask}
         if accepts(self.slm.forward, "position_ids"):
-            kwargs["position_ids"] = mask_positions(mask)
+            kwargs["position_ids"] = mask_positions(mask)[:, read:]
         return kwargs
 
     def num_scored(self, decoder_input_ids: torch.Tensor | None) -> int:
@@ -316,7 +320,7 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMGenerationMixin, LLM2SLM
 
     @property
     def projector(self) -> LLM2SLMProjector:
-        return self.model.projector
+        return self.model.projector  # type: ignore[return-value]  # with keys and values it is another, with less to it
 
     @property
     def slm(self) -> PreTrainedModel:
@@ -339,7 +343,7 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMGenerationMixin, LLM2SLM
             slm_layers (`int` or `list[int]`, *optional*): Cut the SLM from the LLM instead: these decoder layers, its
                 embeddings and head. For a decoder-only LLM of L layers, the number k stands for the top k layers and
                 sets `llm_layer=L-k`, `fusion="replace"` and `projector_init="identity"`, unless given.
-            fusion (`str`, *optional*): `"add"`, `"replace"`, `"llm-embed"` or `"align"`, see [`LLM2SLMConfig`]. By
+            fusion (`str`, *optional*): `"add"`, `"replace"`, `"llm-embed"`, `"align"` or `"kv"`, see [`LLM2SLMConfig`]. By
                 default `"add"` where the tokenizers are equal and `"align"` where not.
             llm_layer, slm_encoder, projector_hidden_size, projector_num_layers, projector_activation, projector_norm
                 (*optional*): See [`LLM2SLMConfig`].

@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from .configuration_llm2slm import LLM2SLMConfig
+from .configuration_llm2slm import LLM2SLMConfig, decoder_text_config, key_value_heads
 from .fingerprint import is_exact
+from .key_values import key_value_states
 from .llm_states import hidden_states
-from .structure import accepts, embed_tokens, mask_positions, reader
+from .outputs import cache_of
+from .structure import accepts, cache_argument, embed_tokens, mask_positions, reader
 
 PADDING = 2
 
@@ -66,7 +68,7 @@ def check_can_read(llm: PreTrainedModel, config: LLM2SLMConfig) -> None:
             f"{name} can't be the LLM: its states change with padding that the attention mask marks, so a prompt would "
             "mean something else in each batch. Choose another LLM."
         )
-    if config.llm_layers == [-1]:
+    if config.llm_layers == [-1] or config.fusion == "kv":
         return
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "return_dict": True}
     with eval_mode(llm):
@@ -78,6 +80,30 @@ def check_can_read(llm: PreTrainedModel, config: LLM2SLMConfig) -> None:
                 f"{name} can't be read at `llm_layer` {layer}: its hidden states are not what its layers are given, so no "
                 "layer below the last can be read alone. Choose `llm_layer=-1`."
             )
+
+
+@torch.no_grad()
+def check_keeps_key_values(model: PreTrainedModel, config: Any, part: str) -> None:
+    """
+    Raise a `ValueError` that says why, if the prompt of `model` can't be told or given as keys and values: every layer must keep
+    those of all tokens, of the shape that its configuration tells. One forward pass over six tokens.
+    """
+    ids = _some_tokens(reader(model).get_input_embeddings())
+    with eval_mode(model):
+        cache = cache_of(model(input_ids=ids, use_cache=True, **{cache_argument(model.forward): DynamicCache()}))
+    heads, size = key_value_heads(config)
+    layers = range(decoder_text_config(config).num_hidden_layers)
+    if cache is None or len(cache.layers) != len(layers):
+        raise ValueError(
+            f"{type(model).__name__} keeps keys and values for {0 if cache is None else len(cache.layers)} of its {len(layers)} "
+            f'layers, so it can\'t be the {part} of `fusion="kv"`. Choose another fusion.'
+        )
+    widths = {states.shape[-1] for states in key_value_states(cache, layers, ids.shape[1])}
+    if widths != {heads * size}:
+        raise ValueError(
+            f"{type(model).__name__} keeps keys and values of widths {sorted(widths)}, but its configuration tells of {heads} heads "
+            f'of {size}, so it can\'t be the {part} of `fusion="kv"`. Choose another fusion.'
+        )
 
 
 @torch.no_grad()

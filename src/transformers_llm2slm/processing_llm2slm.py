@@ -61,8 +61,8 @@ class LLM2SLMProcessor(IncludesCode, ProcessorMixin):
         check_choice("fusion", fusion, FUSIONS)
         llm_tokenizer = tokenizer if llm_tokenizer is None else llm_tokenizer
         self.shared_tokenizer = tokenizers_equal(llm_tokenizer, tokenizer)
-        if fusion == "add" and not self.shared_tokenizer:
-            raise ValueError(different_tokenizers(llm_tokenizer, tokenizer))
+        if fusion in ("add", "kv") and not self.shared_tokenizer:
+            raise ValueError(different_tokenizers(llm_tokenizer, tokenizer, fusion))
         if fusion == "align":
             for name, part in (("LLM", llm_tokenizer), ("SLM", tokenizer)):
                 if not part.is_fast:

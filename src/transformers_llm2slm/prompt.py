@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration_llm2slm import LLM2SLMConfig, decoder_text_config, encoder_text_config
+from .key_values import last_tokens
 from .structure import embed_tokens, move_padding, position_limit
 
 
@@ -24,10 +25,14 @@ class LLM2SLMPrompt(ModelOutput):
         prompt_states (`torch.Tensor` of shape `(batch_size, prompt_length, slm_hidden_size)`): The fused prompt, padded
             on the right.
         attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`): 1 for real positions, 0 for padding.
+        last_token_ids (`torch.LongTensor` of shape `(batch_size, 1)`, *optional*): For `fusion="kv"`, the last token of each
+            prompt, which the SLM reads itself; `prompt_states` are then keys and values, of shape `(batch_size, prompt_length,
+            num_llm_states, slm_state_size)`.
     """
 
     prompt_states: torch.Tensor = None  # type: ignore[assignment]
     attention_mask: torch.Tensor = None  # type: ignore[assignment]
+    last_token_ids: torch.Tensor | None = None
 
 
 def check_prompt_length(tokens: torch.Tensor, model: PreTrainedModel, part: str) -> None:
@@ -132,7 +137,7 @@ def fuse(
 
     Args:
         projected (`torch.Tensor` of shape `(batch_size, prompt_length, slm_hidden_size)`), mask, input_ids (of shape
-            `(batch_size, prompt_length)`): One state for each LLM token, padded on the right.
+            `(batch_size, prompt_length)`): What the projector made of each LLM token, padded on the right.
         slm_input_ids, slm_attention_mask, alignment (of shape `(batch_size, slm_prompt_length)`): The SLM's tokens and,
             for each, the rank of its LLM token in the row: for `"align"`, what [`slm_view`] gives.
 
@@ -145,14 +150,16 @@ def fuse(
         ids, alignment, mask = (view.to(device) for view in views)  # type: ignore[union-attr]  # `slm_view` gives them
         index = alignment.clamp(0, projected.shape[1] - 1).unsqueeze(-1).expand(-1, -1, projected.shape[2])
         projected = projected.gather(1, index) + embed_tokens(slm, ids)
-    elif fusion == "add":
+    elif fusion in ("add", "kv"):
         if input_ids is None:
             raise ValueError(
-                '`fusion="add"` needs `input_ids` beside `llm_hidden_states`, since the SLM embeds the same tokens.'
+                f'`fusion="{fusion}"` needs `input_ids` beside `llm_hidden_states`, since the SLM embeds the same tokens.'
             )
-        projected = projected + embed_tokens(slm, input_ids)
+        if fusion == "add":
+            projected = projected + embed_tokens(slm, input_ids)
     check_prompt_length(projected, slm, "SLM")
-    return LLM2SLMPrompt(prompt_states=projected, attention_mask=mask.to(device))
+    last = last_tokens(input_ids, mask) if fusion == "kv" else None  # type: ignore[arg-type]  # checked above
+    return LLM2SLMPrompt(prompt_states=projected, attention_mask=mask.to(device), last_token_ids=last)
 
 
 # The response ------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ def prepare_sft_config(args: SFTConfig, model: LLM2SLMForConditionalGeneration) 
     A copy of `args` with which TRL's `SFTTrainer` trains `model` on what [`LLM2SLMDataCollator`] makes of the rows.
 
     It sets `remove_unused_columns=False` and `dataset_kwargs={"skip_prepare_dataset": True}`: the rows stay as they are,
-    and the collator tokenizes them. `max_length` is the collator's business too, so it is `None`.
+    and the collator tokenizes them. `max_length` is the collator's business too, so it is `None`. For `fusion="kv"` it turns
+    gradient checkpointing off, which `SFTConfig` turns on: a model that uses it takes no cache, where the prompt is then.
 
     ```python
     >>> trainer = SFTTrainer(
@@ -75,6 +76,11 @@ def prepare_sft_config(args: SFTConfig, model: LLM2SLMForConditionalGeneration) 
     prepared.dataset_kwargs = given | {"skip_prepare_dataset": True}
     prepared.remove_unused_columns = False
     prepared.max_length = None
+    if base.config.fusion == "kv":
+        # transformers says `activation_checkpointing` since 5.24.
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            if getattr(prepared, name, False):
+                setattr(prepared, name, False)
     return prepared
 
 

@@ -412,7 +412,7 @@ def time_reordering(cache: Cache, seconds: list[float]) -> None:
         reorder(beam_idx)
         seconds.append(time.perf_counter() - start)
 
-    cache.reorder_cache = timed  # type: ignore[method-assign]
+    cache.reorder_cache = timed
 
 
 def lengthened(cache: Cache, length: int, prompt_length: int) -> Cache:

@@ -82,7 +82,8 @@ def compose(
     fusion: Annotated[
         str | None,
         Option(
-            metavar="NAME", help="add, align, replace or llm-embed; else add if the tokenizers are equal, or align."
+            metavar="NAME",
+            help="add, align, replace, llm-embed or kv; else add if the tokenizers are equal, or align.",
         ),
     ] = None,
     llm_layer: LLMLayer = None,

@@ -83,7 +83,8 @@ def checkpoint_info(name_or_path: str, **hub: Any) -> dict[str, Any]:
         "slm_encoder": config.slm_encoder if config.slm_config.is_encoder_decoder else None,
         "slm_layers": config.slm_layers,
         "projector": {
-            "widths": [layer.in_features for layer in model.projector.layers] + [config.slm_hidden_size],
+            "widths": [layer.in_features for layer in model.projector.layers[: config.projector_num_layers]]
+            + [config.slm_state_size],
             "activation": config.projector_activation,
             "norm": config.projector_norm,
             "residual": config.projector_residual,
