@@ -1,0 +1,286 @@
+"""The models of `quality.py`: composed or made anew, with what makes batches for them and what writes with them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pathlib
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from datasets import Dataset
+from quality_cells import HYBRID, SLM, TASKS, TUNED, ZERO_SHOT, Cell
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    set_seed,
+)
+
+from transformers_llm2slm import (
+    LLM2SLMDataCollator,
+    LLM2SLMForConditionalGeneration,
+    LLM2SLMProcessor,
+    fit_slm_embeddings,
+)
+
+PROJECT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT / "examples"))
+
+from demo import SLMAloneCollator, fast_dtype  # noqa: E402
+from prepare_models import prepare  # noqa: E402
+
+FIT_PROMPTS = 500
+VOCABULARY = 8192
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+
+
+@cache
+def llm_path(name: str) -> str:
+    """The folder of a pretrained model; fetched if need be."""
+    return str(prepare(name, PROJECT / "models"))
+
+
+# Rows --------------------------------------------------------------------------------------------------------------------
+@cache
+def read_rows(task: str, split: str) -> list[dict[str, str]]:
+    """A file of `examples/data`, as `prompt` and `completion`; the prompt is as it stands there."""
+    with gzip.open(PROJECT / "examples" / "data" / f"{task}-{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    prompt, completion = TASKS[task].columns
+    return [{"prompt": row[prompt], "completion": row[completion]} for row in rows]
+
+
+def rows_for(cell: Cell, split: str, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    """Rows of one split, each prompt cut to what the cell reads, with the task's suffix."""
+    rows = read_rows(cell.task, split)[: cell.rows if split == "train" else None]
+    return [row | {"prompt": cut(row["prompt"], cell, tokenizer) + TASKS[cell.task].suffix} for row in rows]
+
+
+def healing_rows(cell: Cell, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    """The prompts' own text in two: what stands before a place is read, and what stands behind it is written."""
+    places = random.Random(cell.seed)
+    rows = []
+    for row in read_rows(cell.task, "train")[: cell.rows]:
+        words = cut(row["prompt"], cell, tokenizer).split(" ")
+        if len(words) >= 4:
+            place = places.randint(2, len(words) - 2)
+            rows.append({"prompt": " ".join(words[:place]), "completion": " " + " ".join(words[place:])})
+    return rows
+
+
+def cut(text: str, cell: Cell, tokenizer: PreTrainedTokenizerBase) -> str:
+    ids = tokenizer(text, truncation=True, max_length=cell.prompt_length)["input_ids"]
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# Models ------------------------------------------------------------------------------------------------------------------
+def make_tokenizer(task: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of the task's training texts, which ends every text."""
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = (text for row in read_rows(task, "train") for text in row.values())
+    special = [PAD, END, UNKNOWN]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN)
+
+
+def new_slm(shape: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A small model with random weights, such as `t5-256x4` or `llama-256x4`."""
+    kind, _, size = shape.partition("-")
+    width, layers = map(int, size.split("x"))
+    vocab_size = 64 * -(-len(tokenizer) // 64)
+    ends: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if kind == "t5":
+        return T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=vocab_size,
+                d_model=width,
+                d_ff=4 * width,
+                d_kv=64,
+                num_heads=width // 64,
+                num_layers=layers,
+                num_decoder_layers=layers,
+                feed_forward_proj="gated-gelu",
+                decoder_start_token_id=tokenizer.pad_token_id,
+                **ends,
+            )
+        )
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 64,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            **ends,
+        )
+    )
+
+
+def processor_for(cell: Cell) -> LLM2SLMProcessor:
+    """Of the hybrid, or, with the SLM's tokenizer, of the SLM alone."""
+    llm_tokenizer = AutoTokenizer.from_pretrained(llm_path(cell.llm))
+    if cell.slm_shape is None:
+        return LLM2SLMProcessor(llm_tokenizer, fusion=cell.fusion or "replace", slm_is_encoder_decoder=False)
+    tokenizer = make_tokenizer(cell.task) if cell.slm_tokenizer == "data" else llm_tokenizer
+    seq2seq = cell.slm_shape.startswith("t5")
+    return LLM2SLMProcessor(
+        tokenizer,
+        llm_tokenizer,
+        fusion=cell.fusion or ("align" if cell.slm_tokenizer == "data" else "add"),
+        slm_is_encoder_decoder=seq2seq,
+        decoder_start_token_id=tokenizer.pad_token_id if seq2seq else None,
+    )
+
+
+def compose(cell: Cell, processor: LLM2SLMProcessor) -> LLM2SLMForConditionalGeneration:
+    """The hybrid before training: LLM in the faster dtype, projector and SLM in float32."""
+    options = {
+        name: list(value) if isinstance(value := getattr(cell, name), tuple) else value
+        for name in (
+            "llm_layer",
+            "projector_init",
+            "projector_num_layers",
+            "projector_hidden_size",
+            "projector_norm",
+            "slm_encoder",
+        )
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    prompts = [row["prompt"] for row in rows_for(cell, "train", processor.llm_tokenizer)[:FIT_PROMPTS]]
+    if cell.slm_shape is None:
+        layers = list(cell.slm_layers) if isinstance(cell.slm_layers, tuple) else cell.slm_layers
+        options |= {"slm_layers": layers, "slm_dtype": torch.float32}
+    else:
+        options["slm"] = new_slm(cell.slm_shape, processor.tokenizer)
+    if cell.projector_init == "fit":
+        options["fit_prompts"] = prompts
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+        llm_path(cell.llm), fusion=processor.fusion, processor=processor, llm_dtype=fast_dtype(), **options
+    )
+    if cell.slm_shape is None and cell.fit_embeddings and processor.fusion != "kv":
+        fit_slm_embeddings(model, processor, prompts)
+    return model
+
+
+@dataclass
+class Contestant:
+    """
+    Args:
+        model: What is trained, or, of the LLM as it is, what writes.
+        collator: Makes batches of rows.
+        write: From prompts, and arguments of `generate`, to texts.
+        processor: Of the model.
+    """
+
+    model: Any
+    collator: Callable[[Sequence[Any]], dict[str, Any]]
+    write: Callable[..., list[str]]
+    processor: LLM2SLMProcessor
+
+
+def contestant_for(cell: Cell) -> Contestant:
+    """The model of a cell, before training."""
+    set_seed(cell.seed)
+    processor, task = processor_for(cell), TASKS[cell.task]
+    if cell.contestant in (ZERO_SHOT, TUNED):
+        dtype = fast_dtype() if cell.contestant == ZERO_SHOT else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(llm_path(cell.llm), dtype=dtype)
+    elif cell.slm_shape is not None and cell.contestant == SLM:
+        model = new_slm(cell.slm_shape, processor.tokenizer)
+    else:
+        model = compose(cell, processor) if cell.contestant == HYBRID else cut_slm(cell)
+    for vocabulary in vocabularies(model, cell):
+        vocabulary.requires_grad_(False)
+    if cell.freeze_slm:
+        model.slm.requires_grad_(False)
+    if cell.contestant == HYBRID:
+        collator = LLM2SLMDataCollator(processor, max_response_length=task.max_new_tokens)
+        return Contestant(model, collator, hybrid_writer(model, processor), processor)
+    alone = SLMAloneCollator(processor, task.max_new_tokens)
+    instruction = task.instruction if cell.contestant == ZERO_SHOT else None
+    return Contestant(model, alone, alone_writer(model, processor, alone, instruction), processor)
+
+
+def cut_slm(cell: Cell) -> PreTrainedModel:
+    """The SLM that the hybrid has, cut from the LLM, with the LLM's own embeddings."""
+    layers = list(cell.slm_layers) if isinstance(cell.slm_layers, tuple) else cell.slm_layers
+    return LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+        llm_path(cell.llm), slm_layers=layers, slm_dtype=torch.float32
+    ).slm
+
+
+def vocabularies(model: Any, cell: Cell) -> list[nn.Module]:
+    """Embeddings and LM head of a cut SLM. Most of its parameters are there, and few rows train the others better alone."""
+    if cell.slm_shape is not None or cell.contestant not in (SLM, HYBRID):
+        return []
+    slm = model.slm if cell.contestant == HYBRID else model
+    return [slm.get_input_embeddings(), slm.get_output_embeddings()]
+
+
+# Writing -----------------------------------------------------------------------------------------------------------------
+def hybrid_writer(model: LLM2SLMForConditionalGeneration, processor: LLM2SLMProcessor) -> Callable[..., list[str]]:
+    def write(prompts: Sequence[str], **kwargs: Any) -> list[str]:
+        batch = processor(text=list(prompts), padding=True, return_tensors="pt")
+        return processor.batch_decode(model.generate(**batch, **kwargs), skip_special_tokens=True)
+
+    return write
+
+
+def alone_writer(
+    model: PreTrainedModel, processor: LLM2SLMProcessor, collator: SLMAloneCollator, instruction: str | None
+) -> Callable[..., list[str]]:
+    """Of a model by itself; instructed, it is asked in a chat, and the first line of its answer counts."""
+
+    def write(prompts: Sequence[str], **kwargs: Any) -> list[str]:
+        if instruction:
+            chats = [[{"role": "user", "content": f"{instruction}\n\n{prompt}"}] for prompt in prompts]
+            prompts = processor.tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+        batch = collator.prompts(prompts)
+        start = 0 if processor.slm_is_encoder_decoder else batch["input_ids"].shape[1]
+        texts = processor.batch_decode(model.generate(**batch, **kwargs)[:, start:], skip_special_tokens=True)
+        return [text.strip().partition("\n")[0] for text in texts] if instruction else texts
+
+    return write
+
+
+@torch.no_grad()
+def write_all(contestant: Contestant, prompts: Sequence[str], new_tokens: int, batch_size: int = 50) -> list[str]:
+    """Greedy texts for all prompts, each on one line, in batches of prompts of similar length."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    texts: dict[int, str] = {}
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        written = contestant.write([prompts[row] for row in rows], max_new_tokens=new_tokens, do_sample=False)
+        texts |= {row: " ".join(text.split()) for row, text in zip(rows, written, strict=True)}
+    return [texts[row] for row in range(len(prompts))]
+
+
+def as_dataset(rows: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Rows with the prompt's `length` in tokens, which batches are grouped by."""
+    lengths = [len(ids) for ids in tokenizer([row["prompt"] for row in rows])["input_ids"]]
+    return Dataset.from_list([row | {"length": length} for row, length in zip(rows, lengths, strict=True)])

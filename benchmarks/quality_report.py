@@ -1,0 +1,248 @@
+"""Tables, plots and the page of results that `quality.py` makes of its cells."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from quality_cells import HYBRID, SLM, TASKS, TUNED, Cell
+from quality_models import read_rows
+from quality_scores import Interval, RowScores, interval
+from quality_tables import ABLATIONS, MAIN, Row
+
+SHOWN = 20
+COLUMNS = {
+    "synopsis": ("rouge1", "rouge2", "rougeL", "chrf"),
+    "ddtp-de": ("bleu", "chrf", "rougeL"),
+}
+TITLES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF"}
+
+
+# What is there -----------------------------------------------------------------------------------------------------------
+def results_of(row: Row, folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The results of those of its seeds that have been run."""
+    files = [folder / cell.task / f"{cell.name}.json" for cell in row.cells]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+
+
+def references_of(cell: Cell) -> list[str]:
+    return [" ".join(row["completion"].split()) for row in read_rows(cell.task, cell.split)]
+
+
+def figures_of(rows: Sequence[Row], folder: pathlib.Path, with_intervals: bool) -> dict[str, dict[str, Any]]:
+    """
+    For each row that has results: mean `scores` over its seeds, their `spread`, `seeds`, `loss` and `parameters`. With intervals,
+    also those of the task's score and of its difference to the SLM alone; and the share of the gap from the SLM alone to the
+    fine-tuned LLM that is closed.
+    """
+    found = {row: results for row in rows if (results := results_of(row, folder))}
+    figures: dict[str, dict[str, Any]] = {}
+    scores: dict[str, RowScores] = {}
+    for row, results in found.items():
+        cell = row.cells[0]
+        judged = TASKS[cell.task].score
+        references = references_of(cell)
+        own = scores[row.name] = RowScores([result["answers"] for result in results], references)
+        losses = [result["metrics"]["loss"] for result in results if "loss" in result["metrics"]]
+        single = [RowScores([result["answers"]], references).on(judged) for result in results]
+        figures[row.name] = {
+            "seeds": len(results),
+            "parameters": results[0]["parameters"],
+            "scores": {name: round(own.on(name), 2) for name in COLUMNS[cell.task]},
+            "spread": [round(min(single), 2), round(max(single), 2)],
+            "loss": round(float(np.mean(losses)), 3) if losses else None,
+        }
+    if not with_intervals or not found:
+        return figures
+    judged, count = TASKS[rows[0].cells[0].task].score, len(references_of(rows[0].cells[0]))
+    kinds = {row.cells[0].contestant: row.name for row in reversed(found)}
+    alone, tuned = (scores.get(kinds.get(kind, "")) for kind in (SLM, TUNED))
+    for row in found:
+        own, entry = scores[row.name], figures[row.name]
+        entry["interval"] = rounded(interval(lambda chosen, own=own: own.on(judged, chosen), count))
+        if row.cells[0].contestant != HYBRID or alone is None:
+            continue
+
+        def above(chosen: np.ndarray, own: RowScores = own) -> float:
+            return own.on(judged, chosen) - alone.on(judged, chosen)
+
+        everything = np.arange(count)
+        entry["above the SLM alone"] = round(above(everything), 2)
+        entry["above the SLM alone, interval"] = rounded(interval(above, count))
+        if tuned is not None:
+
+            def closed(chosen: np.ndarray, above: Any = above) -> float:
+                return 100 * above(chosen) / (tuned.on(judged, chosen) - alone.on(judged, chosen))
+
+            entry["gap closed, %"] = round(closed(everything), 1)
+            entry["gap closed, interval"] = rounded(interval(closed, count), 1)
+            entry["of the LLM's score, %"] = round(100 * own.on(judged) / tuned.on(judged), 1)
+    return figures
+
+
+def rounded(values: Interval, digits: int = 2) -> list[float]:
+    return [round(value, digits) for value in values]
+
+
+# Text --------------------------------------------------------------------------------------------------------------------
+def main_table(task: str, figures: dict[str, dict[str, Any]], speed: dict[str, Any]) -> str:
+    """The main table of a task, in Markdown."""
+    judged = TITLES[TASKS[task].score]
+    titles = [TITLES[name] for name in COLUMNS[task]]
+    header = ["", "seeds", *titles, f"{judged}, 95 %", "above the SLM alone", "gap closed", "tokens/s", "x the LLM"]
+    lines = []
+    for name, row in figures.items():
+        own = speed.get(task, {}).get(name, {})
+        lines.append(
+            [
+                name,
+                str(row["seeds"]),
+                *(f"{row['scores'][column]:.1f}" for column in COLUMNS[task]),
+                shown(row["interval"]),
+                shown(row.get("above the SLM alone, interval"), row.get("above the SLM alone")),
+                shown(row.get("gap closed, interval"), row.get("gap closed, %"), "{:.0f} %"),
+                f"{own['tokens/s']:.1f}" if own else "",
+                f"{own['times the LLM']:.2f}" if own else "",
+            ]
+        )
+    return table(header, lines)
+
+
+def ablation_table(task: str, figures: dict[str, dict[str, Any]]) -> str:
+    judged = TASKS[task].score
+    best = next(iter(figures.values()))["scores"][judged] if figures else 0.0
+    lines = [
+        [name, f"{row['scores'][judged]:.1f}", f"{row['scores'][judged] - best:+.1f}", f"{row['loss']:.3f}"]
+        for name, row in figures.items()
+    ]
+    return table(["setting", TITLES[judged], "change", "loss per token"], lines)
+
+
+def shown(values: Sequence[float] | None, middle: float | None = None, form: str = "{:.1f}") -> str:
+    if values is None:
+        return ""
+    text = " to ".join(form.format(value) for value in values)
+    return text if middle is None else f"{form.format(middle)} ({text})"
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def answers_table(task: str, folder: pathlib.Path) -> str:
+    """The references of the first test rows and what each contestant of the main table wrote, by its first seed."""
+    found = {row.name: results[0]["answers"] for row in MAIN[task] if (results := results_of(row, folder))}
+    references = references_of(MAIN[task][0].cells[0])
+    lines = []
+    for index in range(SHOWN):
+        lines.append(f"{index + 1}. *{escaped(references[index])}*")
+        lines += [f"    - {name}: {escaped(texts[index])}" for name, texts in found.items()]
+    return "\n".join(lines)
+
+
+def escaped(text: str) -> str:
+    for character in "\\*_`<|":
+        text = text.replace(character, f"\\{character}")
+    return text
+
+
+# Plots -------------------------------------------------------------------------------------------------------------------
+def pareto(path: pathlib.Path, figures: dict[str, dict[str, Any]], speed: dict[str, Any]) -> None:
+    """Quality over speed, a panel for each task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = [task for task in TASKS if figures.get(task) and speed.get(task)]
+    if not tasks:
+        return
+    figure, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 4.4), layout="constrained", squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        judged = TASKS[task].score
+        for name, row in figures[task].items():
+            if name not in speed[task]:
+                continue
+            x, y, (low, high) = speed[task][name]["tokens/s"], row["scores"][judged], row["interval"]
+            color = "#2563eb" if name.startswith(HYBRID) else "#8a94a6"
+            axis.errorbar(x, y, yerr=[[max(0.0, y - low)], [max(0.0, high - y)]], fmt="o", color=color, capsize=3)
+            axis.annotate(name, (x, y), xytext=(7, 4), textcoords="offset points", fontsize=8, color=color)
+        axis.set_title(task, loc="left", fontsize=11)
+        axis.set_xlabel("tokens per second, batch size 1")
+        axis.set_ylabel(f"{TITLES[judged]}, 95 % interval")
+        axis.set_xlim(left=0)
+        axis.margins(x=0.3, y=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def curves(path: pathlib.Path, folder: pathlib.Path) -> None:
+    """Validation loss over training steps of the main table's contestants, first seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = [task for task in TASKS if any(results_of(row, folder) for row in MAIN[task])]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 3.8), layout="constrained", squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for row in MAIN[task]:
+            for result in results_of(row, folder)[:1]:
+                points = [
+                    (entry["step"], entry["eval_loss"])
+                    for entry in result["curve"]
+                    if "eval_loss" in entry and entry["part"] == "training"
+                ]
+                if points:
+                    axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=row.name)
+        axis.set_title(task, loc="left", fontsize=11)
+        axis.set_xlabel("training steps")
+        axis.set_ylabel("validation loss per token")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# The page ----------------------------------------------------------------------------------------------------------------
+def write(folder: pathlib.Path) -> dict[str, Any]:
+    """Write `tables.json`, the plots and `README.md` into the folder of the results; returns the figures."""
+    speed_file = folder / "speed.json"
+    speed = json.loads(speed_file.read_text(encoding="utf-8"))["figures"] if speed_file.exists() else {}
+    figures: dict[str, Any] = {"main": {}, "ablations": {}}
+    parts = ["# Quality: tables, curves and answers", "", "Made by `python benchmarks/quality.py --report`."]
+    for task in TASKS:
+        figures["main"][task] = figures_of(MAIN[task], folder, with_intervals=True)
+        if not figures["main"][task]:
+            continue
+        parts += ["", f"## {task}, {len(references_of(MAIN[task][0].cells[0]))} test rows", ""]
+        parts.append(main_table(task, figures["main"][task], speed))
+        figures["ablations"][task] = {}
+        for factor, rows in ABLATIONS[task].items():
+            if len(found := figures_of(rows, folder, with_intervals=False)) > 1:
+                figures["ablations"][task][factor] = found
+                parts += ["", f"### {factor}, {len(references_of(rows[0].cells[0]))} validation rows", ""]
+                parts.append(ablation_table(task, found))
+        parts += [
+            "",
+            f"### Answers to the first {SHOWN} test rows, by the first seed",
+            "",
+            answers_table(task, folder),
+        ]
+    plots = {"pareto.png": "Quality over speed", "curves.png": "Validation loss over steps"}
+    (folder / "tables.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    pareto(folder / "pareto.png", figures["main"], speed)
+    curves(folder / "curves.png", folder)
+    parts += [
+        text for name, title in plots.items() if (folder / name).exists() for text in ("", f"![{title}]({name})")
+    ]
+    (folder / "README.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
+    return figures

@@ -1,0 +1,51 @@
+"""Tokens per second of the contestants of the main tables, all in one run and in float32."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from quality_cells import TUNED
+from quality_models import contestant_for, rows_for
+from quality_tables import MAIN
+
+from transformers_llm2slm.measurements import provenance
+from transformers_llm2slm.speed import measure_speed
+
+NEW_TOKENS = 32
+
+
+def measure(folder: pathlib.Path, tasks: Sequence[str], rounds: int) -> None:
+    """
+    Time the contestants, untrained, for speed does not depend on the weights: one prompt of median length, exactly 32 tokens,
+    medians of the rounds. Writes `speed.json`, and leaves other tasks in it as they are.
+    """
+    file = folder / "speed.json"
+    stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"figures": {}}
+    for task in tasks:
+        writers: dict[str, Callable[[int], Any]] = {}
+        # The others are compared with the first.
+        for row in sorted(MAIN[task], key=lambda row: row.cells[0].contestant != TUNED):
+            contestant = contestant_for(row.cells[0])
+            contestant.model.float().eval()
+            prompts = sorted(
+                (r["prompt"] for r in rows_for(row.cells[0], "validation", contestant.processor.llm_tokenizer)),
+                key=len,
+            )
+            middle = [prompts[len(prompts) // 2]]
+
+            def write(count: int, contestant: Any = contestant, middle: list[str] = middle) -> None:
+                contestant.write(middle, min_new_tokens=count, max_new_tokens=count, do_sample=False)
+
+            writers[row.name] = write
+        figures = measure_speed(writers, NEW_TOKENS, rounds)
+        llm = figures[next(iter(writers))]["further token, ms"]
+        for own in figures.values():
+            own["decoding, times the LLM"] = llm / own["further token, ms"]
+        stored["figures"][task] = figures
+        print(f"{task}: " + ", ".join(f"{name} {own['tokens/s']:.1f} tokens/s" for name, own in figures.items()))
+    settings = {"new tokens": NEW_TOKENS, "batch size": 1, "dtype": "float32", "rounds": rounds}
+    stored |= {"settings": settings} | provenance("python benchmarks/quality.py --speed")
+    file.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")

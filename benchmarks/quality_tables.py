@@ -1,0 +1,163 @@
+"""The tables of `quality.py`: which cells stand in them, under which names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quality_cells import HYBRID, MINILM, MPNET, SEEDS, SLM, TASKS, TUNED, ZERO_SHOT, Cell
+
+# The LLM's layers (of 30) by how much they change what passes through them: 1 - cosine of a token's state before and behind,
+# mean over the answers to 48 validation rows of the synopses (block influence, Men et al., 2024, arXiv 2403.03853).
+BY_INFLUENCE = (0, 29, 24, 1, 23, 28, 27, 20, 2, 3, 5, 7, 6, 22, 8, 18)
+STEPS = 400
+# Of the SLM in the main table.
+LAYERS = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: its name, and a cell for each seed."""
+
+    name: str
+    cells: tuple[Cell, ...]
+
+
+def seeds(cell: Cell) -> tuple[Cell, ...]:
+    return tuple(cell.with_changes(seed=seed) for seed in SEEDS)
+
+
+def influential(count: int) -> tuple[int, ...]:
+    return tuple(sorted(BY_INFLUENCE[:count]))
+
+
+def slm_alone(task: str) -> Cell:
+    return Cell(task, SLM, slm_layers=influential(LAYERS), steps=STEPS)
+
+
+def hybrid(task: str) -> Cell:
+    return Cell(task, HYBRID, slm_layers=LAYERS, fusion="replace", steps=STEPS)
+
+
+def hybrid_kv(task: str) -> Cell:
+    return Cell(task, HYBRID, slm_layers=influential(LAYERS), fusion="kv", steps=STEPS)
+
+
+def teacher_cell(task: str) -> Cell:
+    """The fine-tuned LLM, by which others are taught."""
+    return Cell(task, TUNED, steps=200, learning_rate=1e-4)
+
+
+def main_rows(task: str) -> list[Row]:
+    return [
+        Row(ZERO_SHOT, (Cell(task, ZERO_SHOT),)),
+        Row(TUNED, (teacher_cell(task),)),
+        Row(SLM, seeds(slm_alone(task))),
+        Row(HYBRID, seeds(hybrid(task))),
+        Row(f'{HYBRID}, fusion="kv"', seeds(hybrid_kv(task))),
+    ]
+
+
+def factors(task: str) -> dict[str, list[Row]]:
+    """For each factor the setting of the main table first, and then what changes with others; one seed, on validation rows."""
+
+    def row(name: str, cell: Cell, **changes: Any) -> Row:
+        return Row(name, (cell.with_changes(split="validation", **changes),))
+
+    best, alone, embedded = hybrid_kv(task), slm_alone(task), hybrid(task)
+    new = Cell(task, HYBRID, slm_shape="t5-256x4", steps=STEPS)
+    small_alone = Cell(task, SLM, slm_shape="t5-256x4", steps=STEPS)
+    cut = {
+        "What is handed over": [
+            row("keys and values", best),
+            row("the states at the cut, in place of embeddings", embedded),
+            row("nothing: the SLM alone", alone),
+            row(f"nothing, upper {LAYERS} layers", alone, slm_layers=LAYERS),
+        ],
+        "Layers of the SLM": [
+            row(f"{LAYERS}, by influence", best),
+            *(row(f"{count}, by influence", best, slm_layers=influential(count)) for count in (4, 6, 12, 16)),
+            row(f"{LAYERS}, the upper ones", best, slm_layers=LAYERS),
+            row(f"{LAYERS}, spread evenly", best, slm_layers=(0, 4, 8, 12, 17, 21, 25, 29)),
+        ],
+        "Start of the projector": [row("identity", best), row("random", best, projector_init="random")],
+        "What is trained": [
+            row("SLM and projector", best),
+            row("projector alone", best, freeze_slm=True),
+        ],
+        "Learning rate": [
+            row("1e-3", best),
+            row("3e-4", best, learning_rate=3e-4),
+            row("2e-3", best, learning_rate=2e-3),
+            row("SLM 1e-3, projector 1e-4", best, projector_learning_rate=1e-4),
+            row("SLM 1e-3, projector 1e-2", best, projector_learning_rate=1e-2),
+        ],
+        "Length of training": [
+            row(f"{STEPS} steps", best),
+            *(row(f"{steps} steps", best, steps=steps) for steps in (STEPS // 2, 2 * STEPS, 4 * STEPS)),
+        ],
+        "Rows to train on": [
+            row("8,000 rows", best),
+            *(row(f"{rows:,} rows", best, rows=rows) for rows in (1000, 2000, 4000)),
+            row("SLM alone, 8,000 rows", alone),
+            *(row(f"SLM alone, {rows:,} rows", alone, rows=rows) for rows in (1000, 2000, 4000)),
+        ],
+        "Length of the prompt": [
+            row("all", best),
+            *(row(f"{length} tokens", best, max_prompt_length=length) for length in (10, 20, 40)),
+        ],
+        "What is learnt": [
+            row("the data's answers", best),
+            row("the fine-tuned LLM's answers", best, labels="llm"),
+            row("the data's, half of the loss from the fine-tuned LLM's logits", best, distillation_weight=0.5),
+            row(f"the prompts' own text in {STEPS} steps before", best, heal_steps=STEPS),
+        ],
+    }
+    fresh = {
+        "New SLM: fusion": [
+            row("align", new),
+            row("replace", new, fusion="replace"),
+            row("llm-embed", new, fusion="llm-embed"),
+            row("replace, cross-attention to the LLM (no SLM encoder)", new, fusion="replace", slm_encoder="skip"),
+            row("nothing: the SLM alone", small_alone),
+        ],
+        "New SLM: layer of the LLM": [
+            row("last", new),
+            row("middle", new, llm_layer=15),
+            row("learned mix of four", new, llm_layer=(8, 15, 23, 30)),
+        ],
+        "New SLM: projector": [
+            row("2 layers, random", new),
+            row("zero", new, projector_init="zero"),
+            row("fit", new, projector_init="fit"),
+            row("1 layer", new, projector_num_layers=1),
+            row("3 layers", new, projector_num_layers=3),
+            row("2 layers, four times as wide", new, projector_hidden_size=4 * 256),
+            row("with RMS norm", new, projector_norm="rms_norm"),
+        ],
+        "New SLM: LLM": [
+            row("SmolLM2-135M", new),
+            row("MPNet, 109M", new, llm=MPNET),
+            row("MiniLM, 23M", new, llm=MINILM),
+        ],
+    }
+    return cut | fresh
+
+
+MAIN = {task: main_rows(task) for task in TASKS}
+ABLATIONS = {task: factors(task) for task in TASKS}
+TABLES = ("main", "ablations")
+
+
+def cells_of(tables: Sequence[str], tasks: Sequence[str]) -> list[Cell]:
+    """The cells of some tables, each once, those with the first seed first."""
+    rows = [row for task in tasks for row in MAIN[task] if "main" in tables]
+    if "ablations" in tables:
+        rows += [row for task in tasks for of_factor in ABLATIONS[task].values() for row in of_factor]
+    return sorted(dict.fromkeys(cell for row in rows for cell in row.cells), key=lambda cell: cell.seed)
+
+
+def reproduced(task: str) -> Cell:
+    """The cell of the main table that `make quality` runs again."""
+    return hybrid_kv(task)

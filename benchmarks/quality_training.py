@@ -1,0 +1,200 @@
+"""How `quality.py` trains a cell and measures it: the plain `Seq2SeqTrainer`, cached states, greedy texts."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from quality_cells import HYBRID, TASKS, ZERO_SHOT, Cell
+from quality_models import Contestant, as_dataset, contestant_for, healing_rows, rows_for, write_all
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+from transformers_llm2slm import LogitDistillationMixin, cache_llm_states
+from transformers_llm2slm.evaluation import text_scores
+
+CURVE_POINTS, CURVE_ROWS = 5, 200
+
+
+class DistillationTrainer(LogitDistillationMixin, Seq2SeqTrainer):
+    pass
+
+
+def run(
+    cell: Cell, work_dir: pathlib.Path, teacher: Callable[[], pathlib.Path]
+) -> tuple[dict[str, Any], PreTrainedModel]:
+    """
+    Train a cell and measure it.
+
+    Args:
+        cell: What to train.
+        work_dir: For cached states and checkpoints.
+        teacher: Gives the folder of the fine-tuned LLM of the cell's task, where the cell learns from it.
+
+    Returns:
+        `settings`, `parameters` trained, `metrics`, `curve`, `seconds` of each part, and `answers`, in the order of the rows;
+        and the model.
+    """
+    contestant = contestant_for(cell)
+    model, seconds = contestant.model, {}
+    llm_tokenizer = contestant.processor.llm_tokenizer
+    rows = {split: rows_for(cell, split, llm_tokenizer) for split in ("train", "validation", cell.split)}
+    if cell.labels == "llm":
+        rows["train"] = llm_labels(cell, rows["train"], teacher(), work_dir)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    curve: list[dict[str, float]] = []
+    if cell.steps:
+        for name, steps in (("healing", cell.heal_steps), ("training", cell.steps)):
+            if steps == 0:
+                continue
+            began = time.perf_counter()
+            chosen = rows["train"] if name == "training" else healing_rows(cell, llm_tokenizer)
+            # In less than an epoch, rows that no step comes to would be read for nothing.
+            parts = [chosen[: steps * cell.batch_size], rows["validation"][:CURVE_ROWS]]
+            datasets = [with_states(part, cell, contestant, work_dir) for part in parts]
+            seconds[f"reading for {name}"] = time.perf_counter() - began
+            began = time.perf_counter()
+            teacher_model = None
+            if cell.distillation_weight and name == "training":
+                teacher_model = AutoModelForCausalLM.from_pretrained(teacher(), dtype=torch.bfloat16)
+            history = train(cell, contestant, *datasets, steps, work_dir / "trainer", teacher_model)
+            curve += [entry | {"part": name} for entry in history]
+            seconds[name] = time.perf_counter() - began
+    model.eval()
+    began = time.perf_counter()
+    measured = rows[cell.split]
+    answers = write_all(contestant, [row["prompt"] for row in measured], TASKS[cell.task].max_new_tokens)
+    seconds["writing"] = time.perf_counter() - began
+    references = [" ".join(row["completion"].split()) for row in measured]
+    metrics = text_scores(answers, references)
+    if cell.contestant != ZERO_SHOT:
+        metrics["loss"] = loss_per_token(contestant, measured)
+    return {
+        "task": cell.task,
+        "contestant": cell.contestant,
+        "settings": cell.settings(),
+        "parameters": sum(parameter.numel() for parameter in trained) if cell.steps else 0,
+        "metrics": {name: round(value, 3) for name, value in metrics.items()},
+        "curve": curve,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "answers": answers,
+    }, model
+
+
+def with_states(rows: Sequence[dict[str, str]], cell: Cell, contestant: Contestant, work_dir: pathlib.Path) -> Dataset:
+    """Rows to train on, for a hybrid with the LLM's states of their prompts, which are read once for all cells that can share."""
+    dataset = as_dataset(rows, contestant.processor.llm_tokenizer)
+    if cell.contestant != HYBRID:
+        return dataset
+    config = contestant.model.config
+    layers = "-".join(map(str, config.llm_layers))
+    kind = {"kv": "kv", "llm-embed": "embed"}.get(config.fusion, "states")
+    folder = work_dir / "states" / f"{cell.task}_{cell.llm}_{kind}_{layers}"
+    return cache_llm_states(dataset, contestant.model, contestant.processor, folder)
+
+
+def train(
+    cell: Cell,
+    contestant: Contestant,
+    rows: Dataset,
+    validation: Dataset,
+    steps: int,
+    folder: pathlib.Path,
+    teacher: PreTrainedModel | None,
+) -> list[dict[str, float]]:
+    """Train in place; returns the losses on the way, `loss` of training rows and `eval_loss`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    points = max(1, steps // CURVE_POINTS)
+    settings = Seq2SeqTrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=cell.batch_size,
+        per_device_eval_batch_size=32,
+        train_sampling_strategy="group_by_length",
+        learning_rate=cell.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 10),
+        logging_steps=points,
+        eval_strategy="steps",
+        eval_steps=points,
+        prediction_loss_only=True,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=cell.seed,
+        data_seed=cell.seed,
+    )
+    options: dict[str, Any] = {
+        "train_dataset": rows,
+        "eval_dataset": validation,
+        "data_collator": contestant.collator,
+        "processing_class": contestant.processor,
+        "optimizers": (optimizer_for(cell, contestant.model, settings), None),
+    }
+    if teacher is None:
+        trainer = Seq2SeqTrainer(contestant.model, settings, **options)
+    else:
+        options |= {"teacher": teacher, "distillation_weight": cell.distillation_weight}
+        trainer = DistillationTrainer(contestant.model, settings, **options)
+    trainer.train()
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    kept = ("step", "loss", "eval_loss", "distillation_loss")
+    history = [{name: entry[name] for name in kept if name in entry} for entry in trainer.state.log_history]
+    return [entry for entry in history if len(entry) > 1]
+
+
+def optimizer_for(cell: Cell, model: nn.Module, settings: Seq2SeqTrainingArguments) -> torch.optim.Optimizer:
+    """AdamW without weight decay, with a rate of its own for the projector."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            of_projector = "projector." in name and cell.projector_learning_rate is not None
+            rate = cell.projector_learning_rate if of_projector else cell.learning_rate
+            groups.setdefault(rate, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "lr": rate} for rate, parameters in groups.items()], weight_decay=0.0
+    )
+
+
+@torch.no_grad()
+def loss_per_token(contestant: Contestant, rows: Sequence[Mapping[str, str]], batch_size: int = 32) -> float:
+    """Cross entropy of the references, their end tokens included, in nats by the model's tokens."""
+    total, count = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        batch = contestant.collator(rows[start : start + batch_size])
+        scored = int((batch["labels"] != -100).sum())
+        total, count = total + contestant.model(**batch).loss.item() * scored, count + scored
+    return total / count
+
+
+def llm_labels(
+    cell: Cell, rows: Sequence[dict[str, str]], teacher: pathlib.Path, work_dir: pathlib.Path
+) -> list[dict[str, str]]:
+    """The rows with the answers of the fine-tuned LLM, which are written once."""
+    file = work_dir / f"labels-{cell.task}-{cell.prompt_length}.json"
+    known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    missing = [row["prompt"] for row in rows if row["prompt"] not in known]
+    if missing:
+        tuned = contestant_for(Cell(cell.task, ZERO_SHOT, llm=cell.llm))
+        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16).eval()
+
+        def write(prompts: Sequence[str], **kwargs: Any) -> list[str]:
+            batch = tuned.collator.prompts(prompts)  # type: ignore[attr-defined]
+            sequences = model.generate(**batch, **kwargs)[:, batch["input_ids"].shape[1] :]
+            return tuned.processor.batch_decode(sequences, skip_special_tokens=True)
+
+        tuned.write = write
+        for start in range(0, len(missing), 500):
+            prompts = missing[start : start + 500]
+            known |= dict(zip(prompts, write_all(tuned, prompts, TASKS[cell.task].max_new_tokens), strict=True))
+            file.write_text(json.dumps(known, ensure_ascii=False), encoding="utf-8")
+    return [row | {"completion": known[row["prompt"]]} for row in rows]

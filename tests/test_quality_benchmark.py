@@ -1,0 +1,97 @@
+"""The harness of `benchmarks/quality.py`: its cells, its scores and its intervals."""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import sacrebleu
+
+from transformers_llm2slm.evaluation import text_scores
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
+REFERENCES = ["a server for small files", "tools for fonts", "library for reading maps", "game of chess"]
+ANSWERS = ["a server for files", "fonts", "library for maps", "a game of chess for two"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks_on_path():
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+def test_cells_have_names_of_their_own_and_stand_in_one_file_each():
+    from quality_tables import TABLES, TASKS, cells_of
+
+    cells = cells_of(TABLES, tuple(TASKS))
+    assert len({(cell.task, cell.name) for cell in cells}) == len(cells) > 10
+    assert all(len(cell.name) < 200 and "/" not in cell.name for cell in cells)
+
+
+def test_only_the_main_table_is_measured_on_test_rows():
+    from quality_tables import ABLATIONS, MAIN
+
+    assert {cell.split for rows in MAIN.values() for row in rows for cell in row.cells} == {"test"}
+    factors = [row for tables in ABLATIONS.values() for rows in tables.values() for row in rows]
+    assert {cell.split for row in factors for cell in row.cells} == {"validation"}
+
+
+def test_name_says_what_differs_from_the_defaults():
+    from quality_cells import HYBRID, Cell
+
+    cell = Cell("synopsis", HYBRID, slm_layers=(0, 29), fusion="kv", seed=1)
+    assert cell.name == "LLM-to-SLM_slm_layers=0+29_fusion=kv_seed=1"
+
+
+@pytest.mark.parametrize("metric", ["rouge1", "rouge2", "rougeL", "bleu", "chrf"])
+def test_scores_on_all_rows_are_those_of_text_scores(metric):
+    from quality_scores import RowScores
+
+    expected = text_scores(ANSWERS, REFERENCES)[metric]
+    assert RowScores([ANSWERS], REFERENCES).on(metric) == pytest.approx(expected)
+    # Two seeds: the mean.
+    both = RowScores([ANSWERS, REFERENCES], REFERENCES).on(metric)
+    assert both == pytest.approx((expected + text_scores(REFERENCES, REFERENCES)[metric]) / 2)
+
+
+def test_scores_on_drawn_rows_count_a_row_as_often_as_it_was_drawn():
+    from quality_scores import RowScores
+
+    rows = np.array([0, 0, 3, 1])
+    drawn = [[texts[row] for row in rows] for texts in (ANSWERS, REFERENCES)]
+    found = RowScores([ANSWERS], REFERENCES).on("chrf", rows)
+    assert found == pytest.approx(sacrebleu.corpus_chrf(drawn[0], [drawn[1]]).score)
+
+
+def test_interval_is_as_wide_as_the_standard_error_says():
+    from quality_scores import interval
+
+    values = np.random.default_rng(1).normal(10.0, 3.0, size=400)
+    low, high = interval(lambda rows: float(values[rows].mean()), 400)
+    error = values.std() / 20
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.05)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.05)
+
+
+def test_interval_of_a_difference_is_paired():
+    from quality_scores import interval
+
+    values = np.random.default_rng(1).normal(10.0, 3.0, size=100)
+    # One contestant is better by one in every row: of that, resampling the rows leaves nothing to doubt.
+    assert interval(lambda rows: float((values + 1)[rows].mean() - values[rows].mean()), 100) == pytest.approx((1, 1))
+
+
+def test_stored_results_have_an_answer_for_each_row():
+    from quality_models import read_rows
+
+    files = sorted((BENCHMARKS / "results" / "quality").glob("*/*.json"))
+    assert files
+    for file in files:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        split = result["settings"].get("split", "test")
+        assert len(result["answers"]) == len(read_rows(result["task"], split)), file
+        references = [" ".join(row["completion"].split()) for row in read_rows(result["task"], split)]
+        scores = text_scores(result["answers"], references)
+        assert {name: round(value, 3) for name, value in scores.items()}.items() <= result["metrics"].items(), file
