@@ -12,10 +12,10 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test demo bench cards lint clean
+.PHONY: help venv test demo bench quality cards lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP) ## create .venv and install the package with its development tools
 
@@ -30,8 +30,15 @@ test: venv ## run the tests in two processes, without the Hub
 demo: venv ## run the demonstration
 	$(BIN)/python examples/demo.py
 
-bench: venv ## measure speed on pairs of real sizes: about an hour and a half on 2 idle cores
-	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/speed.py
+# Each script ends with an error if something misses its target; the others are to run all the same.
+bench: venv ## measure speed, and write the figures into README.md: about three hours on 2 idle cores
+	for script in speed "estimate --fresh" "serving --exported" lossless export_quality training generate_overhead; do \
+		set -- $$script; script=$$1; shift; env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/$$script.py $$@ || true; \
+	done
+	$(BIN)/python benchmarks/readme.py
+
+quality: venv ## train one row of the table of quality again, beside the stored one: about 20 minutes
+	$(BIN)/python benchmarks/quality.py --reproduce
 
 cards: venv ## write model_cards/ anew, from the recorded results
 	$(BIN)/python benchmarks/model_cards.py
@@ -42,5 +49,5 @@ lint: venv ## check style, format and types
 	$(BIN)/python -m mypy src
 
 clean: ## remove everything that can be made again, downloaded models excepted
-	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist demo_output quality_work .pytest_cache .mypy_cache .ruff_cache
 	find src tests examples -type d -name __pycache__ -prune -exec rm -rf {} +
