@@ -224,7 +224,7 @@ def main() -> int:
                 print(f"  {name:22}{shares}{row['loss']:10.4f}{row['change of the loss']:+10.4f}", flush=True)
                 exact &= not (name.endswith(REFERENCE) and row["first differences"])
         told = named if processor is not None else {}
-        report[kind] = {
+        report[f"{kind}, trained" if told else kind] = {
             **provenance(" ".join([command, *(f"--{name} {value}" for name, value in told.items())]), *LIBRARIES),
             "setting": {"count": options.count, "batch_size": options.batch_size, "new_tokens": options.new_tokens}
             | told,
