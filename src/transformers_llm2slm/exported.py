@@ -237,9 +237,8 @@ class ExportedParts(nn.Module):
             [`LLM2SLMPrompt`]. For an SLM with an encoder its states are what that encoder made of the fused prompt.
         """
         mask = prompt_mask(self.config, None, input_ids, attention_mask, None)
-        assert input_ids is not None  # or prompt_mask raised
         reads = {
-            "input_ids": move_padding(input_ids, mask, "right"),
+            "input_ids": move_padding(input_ids, mask, "right"),  # type: ignore[arg-type]  # or prompt_mask raised
             "attention_mask": move_padding(mask, mask, "right"),
         }
         mask = reads["attention_mask"]
@@ -256,8 +255,7 @@ class ExportedParts(nn.Module):
             return {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
         states, mask = (move_padding(tensor, mask, "left") for tensor in (states, mask))
         if self.config.fusion == "kv":
-            assert prompt.last_token_ids is not None
-            last = self.slm.sessions["embed"](input_ids=prompt.last_token_ids)["inputs_embeds"]
+            last = self.slm.sessions["embed"](input_ids=prompt.last_token_ids)["inputs_embeds"]  # type: ignore[arg-type]
             return continued_prompt(self.slm, self.config, states, mask, last)
         return {"inputs_embeds": states, "attention_mask": mask}
 

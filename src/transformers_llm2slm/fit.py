@@ -150,8 +150,8 @@ def _states_at_cut(model: LLM2SLMForConditionalGeneration, ids: torch.Tensor, ma
         return model.projector(model.model.llm_states(ids, mask).to(model.device))
     lowest = model.config.slm_layers[0]  # type: ignore[index]  # there are some, or it is no cut
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "return_dict": True}
-    assert model.llm is not None  # by what `fit_slm_embeddings` has checked
-    return hidden_states(model.llm, [lowest], model.config.num_llm_layers, inputs)[0].to(model.device)
+    llm: nn.Module = model.llm  # type: ignore[assignment]  # there is one, or `fit_slm_embeddings` raised
+    return hidden_states(llm, [lowest], model.config.num_llm_layers, inputs)[0].to(model.device)
 
 
 def _pairs(

@@ -35,10 +35,10 @@ class KeyValueProjector(nn.Module):
     def __init__(self, config: LLM2SLMConfig):
         super().__init__()
         sizes = config.llm_state_size, config.slm_state_size
-        self.layers = nn.ModuleList(nn.Linear(*sizes) for _ in range(config.num_llm_states))
+        layers = [nn.Linear(*sizes) for _ in range(config.num_llm_states)]
+        self.layers = nn.ModuleList(layers)
         self.residual = config.projector_residual
-        for layer in self.layers:
-            assert isinstance(layer, nn.Linear)
+        for layer in layers:
             if config.projector_init == "identity":
                 init.zeros_(layer.weight)
             else:

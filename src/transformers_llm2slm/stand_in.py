@@ -340,7 +340,6 @@ class Writer:
             prompt |= {"decoder_input_ids": tokens, "decoder_attention_mask": torch.ones_like(tokens)}
         clock = StepClock()
         self.writing.stamps.clear()
-        self.writing.beside.clear()
         time_reordering(cache, self.writing.beside)
         self.generate(prompt | {self.cache_argument: cache}, STEPS + 1, clock)
         return [end - begin for begin, end in zip(clock.stamps, clock.stamps[1:], strict=False)]
