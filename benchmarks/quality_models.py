@@ -40,11 +40,19 @@ from transformers_llm2slm import (
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT / "examples"))
 
-from demo import SLMAloneCollator, fast_dtype  # noqa: E402
+from demo import SLMAloneCollator, fast_dtype, loss_per_token  # noqa: E402, F401
 from prepare_models import prepare  # noqa: E402
 
 FIT_PROMPTS = 500
 VOCABULARY = 8192
+COMPOSING = (
+    "llm_layer",
+    "projector_init",
+    "projector_num_layers",
+    "projector_hidden_size",
+    "projector_norm",
+    "slm_encoder",
+)
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
@@ -157,24 +165,19 @@ def processor_for(cell: Cell) -> LLM2SLMProcessor:
     )
 
 
+def arguments_of(cell: Cell, *names: str) -> dict[str, Any]:
+    """Those of a cell's fields that are given, as `from_llm_slm_pretrained` takes them."""
+    values = {name: getattr(cell, name) for name in names}
+    return {n: list(value) if isinstance(value, tuple) else value for n, value in values.items() if value is not None}
+
+
 def compose(cell: Cell, processor: LLM2SLMProcessor) -> LLM2SLMForConditionalGeneration:
     """The hybrid before training: LLM in the faster dtype, projector and SLM in float32."""
-    options = {
-        name: list(value) if isinstance(value := getattr(cell, name), tuple) else value
-        for name in (
-            "llm_layer",
-            "projector_init",
-            "projector_num_layers",
-            "projector_hidden_size",
-            "projector_norm",
-            "slm_encoder",
-        )
-    }
-    options = {name: value for name, value in options.items() if value is not None}
-    prompts = [row["prompt"] for row in rows_for(cell, "train", processor.llm_tokenizer)[:FIT_PROMPTS]]
+    options = arguments_of(cell, *COMPOSING)
+    few = cell.with_changes(rows=min(cell.rows, FIT_PROMPTS))
+    prompts = [row["prompt"] for row in rows_for(few, "train", processor.llm_tokenizer)]
     if cell.slm_shape is None:
-        layers = list(cell.slm_layers) if isinstance(cell.slm_layers, tuple) else cell.slm_layers
-        options |= {"slm_layers": layers, "slm_dtype": torch.float32}
+        options |= arguments_of(cell, "slm_layers") | {"slm_dtype": torch.float32}
     else:
         options["slm"] = new_slm(cell.slm_shape, processor.tokenizer)
     if cell.projector_init == "fit":
@@ -228,9 +231,8 @@ def contestant_for(cell: Cell) -> Contestant:
 
 def cut_slm(cell: Cell) -> PreTrainedModel:
     """The SLM that the hybrid has, cut from the LLM, with the LLM's own embeddings."""
-    layers = list(cell.slm_layers) if isinstance(cell.slm_layers, tuple) else cell.slm_layers
     return LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
-        llm_path(cell.llm), slm_layers=layers, slm_dtype=torch.float32
+        llm_path(cell.llm), **arguments_of(cell, "slm_layers"), slm_dtype=torch.float32
     ).slm
 
 

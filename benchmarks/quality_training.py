@@ -6,13 +6,22 @@ import json
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
 from quality_cells import HYBRID, TASKS, ZERO_SHOT, Cell
-from quality_models import Contestant, as_dataset, contestant_for, healing_rows, rows_for, write_all
+from quality_models import (
+    Contestant,
+    alone_writer,
+    as_dataset,
+    contestant_for,
+    healing_rows,
+    loss_per_token,
+    rows_for,
+    write_all,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
@@ -74,7 +83,7 @@ def run(
     references = [" ".join(row["completion"].split()) for row in measured]
     metrics = text_scores(answers, references)
     if cell.contestant != ZERO_SHOT:
-        metrics["loss"] = loss_per_token(contestant, measured)
+        metrics["loss"] = loss_per_token(model, contestant.collator, Dataset.from_list(measured))
     return {
         "task": cell.task,
         "contestant": cell.contestant,
@@ -138,7 +147,7 @@ def train(
         "eval_dataset": validation,
         "data_collator": contestant.collator,
         "processing_class": contestant.processor,
-        "optimizers": (optimizer_for(cell, contestant.model, settings), None),
+        "optimizers": (optimizer_for(cell, contestant.model), None),
     }
     if teacher is None:
         trainer = Seq2SeqTrainer(contestant.model, settings, **options)
@@ -152,7 +161,7 @@ def train(
     return [entry for entry in history if len(entry) > 1]
 
 
-def optimizer_for(cell: Cell, model: nn.Module, settings: Seq2SeqTrainingArguments) -> torch.optim.Optimizer:
+def optimizer_for(cell: Cell, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW without weight decay, with a rate of its own for the projector."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -165,17 +174,6 @@ def optimizer_for(cell: Cell, model: nn.Module, settings: Seq2SeqTrainingArgumen
     )
 
 
-@torch.no_grad()
-def loss_per_token(contestant: Contestant, rows: Sequence[Mapping[str, str]], batch_size: int = 32) -> float:
-    """Cross entropy of the references, their end tokens included, in nats by the model's tokens."""
-    total, count = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        batch = contestant.collator(rows[start : start + batch_size])
-        scored = int((batch["labels"] != -100).sum())
-        total, count = total + contestant.model(**batch).loss.item() * scored, count + scored
-    return total / count
-
-
 def llm_labels(
     cell: Cell, rows: Sequence[dict[str, str]], teacher: pathlib.Path, work_dir: pathlib.Path
 ) -> list[dict[str, str]]:
@@ -186,13 +184,7 @@ def llm_labels(
     if missing:
         tuned = contestant_for(Cell(cell.task, ZERO_SHOT, llm=cell.llm))
         model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16).eval()
-
-        def write(prompts: Sequence[str], **kwargs: Any) -> list[str]:
-            batch = tuned.collator.prompts(prompts)  # type: ignore[attr-defined]
-            sequences = model.generate(**batch, **kwargs)[:, batch["input_ids"].shape[1] :]
-            return tuned.processor.batch_decode(sequences, skip_special_tokens=True)
-
-        tuned.write = write
+        tuned.write = alone_writer(model, tuned.processor, tuned.collator, instruction=None)  # type: ignore[arg-type]
         for start in range(0, len(missing), 500):
             prompts = missing[start : start + 500]
             known |= dict(zip(prompts, write_all(tuned, prompts, TASKS[cell.task].max_new_tokens), strict=True))

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """
-Write the figures of README.md anew, from the files in `benchmarks/results`: no number there is typed by hand.
+Write the figures of README.md and quality.md anew, from the files in `benchmarks/results`: no number there is typed by hand.
 
     python benchmarks/readme.py
 
@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from quality_report import main_table
+from quality_report import main_table, table
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "benchmarks" / "results"
@@ -26,11 +26,6 @@ T5 = "t5-v1_1-large -> t5-v1_1-small"
 
 def read(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("|  |", "| |")
 
 
 def where(result: dict[str, Any]) -> str:
