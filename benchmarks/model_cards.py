@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write the model cards of the checkpoints that our benchmarks train, from their recorded results: `make cards`.
 
-No weights are trained or measured here. The model is composed anew, for its parameters and sizes to be counted; all other
-figures are those of `results/*/results.json`.
+No weights are trained or measured here. A model is composed anew, for its parameters and sizes to be counted; all other
+figures are those of `results/demo/results.json` and of `results/quality`.
 """
 
 from __future__ import annotations
@@ -10,22 +10,36 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-import sys
 import tempfile
+from collections.abc import Callable
 
 import datasets
+from quality_cells import HYBRID, TASKS
+from quality_models import PROJECT, contestant_for, rows_for
+from quality_report import COLUMNS, TITLES, results_of, shown
+from quality_tables import MAIN, Row
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-PROJECT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT / "examples"))
+from transformers_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from transformers_llm2slm.measurements import QUALITY, SPEED, TRAINING, Record
+from transformers_llm2slm.model_card import write_model_card
+from transformers_llm2slm.speed import THIS_MODEL
 
-from demo import DEFAULT_LLM, DemoArguments, card_records, compose, load_rows, write_card  # noqa: E402
-from prepare_models import prepare  # noqa: E402
+# `quality_models` makes the examples importable.
+from demo import (  # isort: skip
+    DEFAULT_LLM,
+    DEFAULT_LLM_HUB_ID,
+    DemoArguments,
+    card_records,
+    compose,
+    load_rows,
+    write_card,
+)
+from prepare_models import prepare  # isort: skip
 
-from transformers_llm2slm import LLM2SLMProcessor  # noqa: E402
-
-NAME = "llm2slm-smollm2-135m-synopsis"
+CARDS, RESULTS = PROJECT / "model_cards", PROJECT / "benchmarks" / "results"
+NAME = "llm2slm-smollm2-135m"
 
 
 def write_demo_card(results_file: pathlib.Path, card_file: pathlib.Path) -> None:
@@ -40,19 +54,106 @@ def write_demo_card(results_file: pathlib.Path, card_file: pathlib.Path) -> None
     llm = AutoModelForCausalLM.from_pretrained(llm_path, dtype="bfloat16")
     # On some prompts, as a fitted vocabulary has embeddings and head of its own.
     model = compose(llm, arguments, processor, prompts[:8])
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = pathlib.Path(folder, NAME)
-        model.save_pretrained(checkpoint)
+
+    def write(checkpoint: pathlib.Path) -> pathlib.Path:
         records = card_records(results, len(processor(text=middle)["input_ids"]))
-        card = write_card(checkpoint, model, arguments, prompts[0], records).read_text(encoding="utf-8")
+        return write_card(checkpoint, model, arguments, prompts[0], records)
+
+    write_without_weights(card_file, model, write)
+
+
+def write_quality_card(row: Row, card_file: pathlib.Path) -> None:
+    """The card of a hybrid of the table of quality, by its first seed."""
+    cell = row.cells[0]
+    contestant = contestant_for(cell)
+    example = rows_for(cell, cell.split, contestant.processor.llm_tokenizer)[0]["prompt"]
+
+    def write(checkpoint: pathlib.Path) -> pathlib.Path:
+        return write_model_card(
+            checkpoint,
+            contestant.model,
+            limits=["It was trained for minutes, to compare ways of training. Its weights are not published."],
+            example=example,
+            base_model=DEFAULT_LLM_HUB_ID,
+            records=quality_records(row),
+        )
+
+    write_without_weights(card_file, contestant.model, write)
+
+
+def write_without_weights(
+    card_file: pathlib.Path, model: LLM2SLMForConditionalGeneration, write: Callable[[pathlib.Path], pathlib.Path]
+) -> None:
+    """Let a card be written beside a checkpoint of that name, and keep the card alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = pathlib.Path(folder, card_file.stem)
+        model.save_pretrained(checkpoint)
+        card = write(checkpoint).read_text(encoding="utf-8")
     # These files have the sizes of those that were trained, and other weights.
     card_file.write_text(re.sub(r" weights=[\w:.-]+ -->", " -->", card), encoding="utf-8")
+
+
+def quality_records(row: Row) -> list[Record]:
+    """What `quality.py` recorded of a row of its main table, as records for a model card."""
+    cell = row.cells[0]
+    found = {other.name: results for other in MAIN[cell.task] if (results := results_of(other, RESULTS / "quality"))}
+    first, count = found[row.name][0], len(found[row.name])
+    tables, speed = (
+        json.loads((RESULTS / "quality" / name).read_text(encoding="utf-8")) for name in ("tables.json", "speed.json")
+    )
+    figures = tables["main"][cell.task][row.name]
+    task, judged = TASKS[cell.task], TITLES[TASKS[cell.task].score]
+    columns = {name: name for name in COLUMNS[cell.task]} | {"loss": "loss per token"}
+    scores = {
+        name: {column: results[0]["metrics"][key] for key, column in columns.items() if key in results[0]["metrics"]}
+        for name, results in found.items()
+    }
+    training = {
+        "trained": "projector and the SLM's layers; its embeddings and LM head are the LLM's",
+        "steps": cell.steps,
+        "rows in a step": cell.batch_size,
+        "learning rate": cell.learning_rate,
+        "schedule": "cosine, the first tenth of the steps warming up",
+        "optimizer": "AdamW without weight decay",
+        "bfloat16 autocast": True,
+        "prompts": f"at most {cell.prompt_length} tokens, then {task.suffix!r}",
+        "answers": f"at most {task.max_new_tokens} tokens",
+        "seed": cell.seed,
+    }
+    note = (
+        f"The figures of one seed each. The mean of {count} seeds of this model is {judged} {figures['scores'][task.score]} "
+        f"({shown(figures['interval'])}, paired bootstrap over the rows, 95 %). The fine-tuned LLM and the SLM alone are trained on "
+        "the same data."
+    )
+    made = ("command", "date", "machine", "versions")
+    by, speed_by = ({name: record[name] for name in made} for record in (first, speed))
+    return [
+        {"kind": TRAINING, "data": {"name": f"{cell.task}-train.jsonl.gz"}, "settings": training, **by},
+        {
+            "kind": QUALITY,
+            "data": {"name": f"{cell.task}-test.jsonl.gz", "rows": len(first["answers"])},
+            "metrics": scores.pop(row.name),
+            "beside": scores,
+            "note": note,
+            **by,
+        },
+        {
+            "kind": SPEED,
+            "settings": speed["settings"],
+            "figures": {
+                THIS_MODEL if name == row.name else name: own for name, own in speed["figures"][cell.task].items()
+            },
+            **speed_by,
+        },
+    ]
 
 
 if __name__ == "__main__":
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    write_demo_card(
-        PROJECT / "benchmarks" / "results" / "demo" / "results.json", PROJECT / "model_cards" / f"{NAME}.md"
-    )
+    write_demo_card(RESULTS / "demo" / "results.json", CARDS / f"{NAME}-synopsis.md")
+    for task, rows in MAIN.items():
+        for row in rows:
+            if row.cells[0].contestant == HYBRID:
+                write_quality_card(row, CARDS / f"{NAME}-{task}-{row.cells[0].fusion}.md")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from quality_cells import HYBRID, MINILM, MPNET, SEEDS, SLM, TASKS, TUNED, ZERO_SHOT, Cell
 
-# The LLM's layers (of 30) by how much they change what passes through them: 1 - cosine of a token's state before and behind,
-# mean over the answers to 48 validation rows of the synopses (block influence, Men et al., 2024, arXiv 2403.03853).
-BY_INFLUENCE = (0, 29, 24, 1, 23, 28, 27, 20, 2, 3, 5, 7, 6, 22, 8, 18)
+# The LLM's layers, those first that change most what passes through them: see block_influence.py.
+INFLUENCE = pathlib.Path(__file__).resolve().parent / "results" / "quality" / "block_influence.json"
+BY_INFLUENCE = json.loads(INFLUENCE.read_text(encoding="utf-8"))["order"]
 STEPS = 400
 # Of the SLM in the main table.
 LAYERS = 8

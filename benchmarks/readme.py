@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from quality_report import main_table, table
+from quality_report import main_table, table, verdicts
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "benchmarks" / "results"
@@ -261,10 +261,11 @@ def quality() -> str:
     """The main tables of `quality.py`."""
     figures, speeds = read("quality/tables.json")["main"], read("quality/speed.json")["figures"]
     titles = {"synopsis": "A package's description to its one-line synopsis", "ddtp-de": "English to German"}
-    tables = [
-        f"{title}:\n\n{main_table(task, figures[task], speeds)}" for task, title in titles.items() if figures[task]
-    ]
-    return "\n\n".join(tables)
+    return "\n\n".join(
+        f"{title}:\n\n{main_table(task, figures[task], speeds)}\n\n{verdicts(task, figures[task], speeds)}".rstrip()
+        for task, title in titles.items()
+        if figures[task]
+    )
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

@@ -95,3 +95,24 @@ def test_stored_results_have_an_answer_for_each_row():
         references = [" ".join(row["completion"].split()) for row in read_rows(result["task"], split)]
         scores = text_scores(result["answers"], references)
         assert {name: round(value, 3) for name, value in scores.items()}.items() <= result["metrics"].items(), file
+
+
+def test_verdict_says_what_is_sure_and_what_was_missed():
+    from quality_report import verdicts
+
+    row = {
+        "above the SLM alone": 2.0,
+        "above the SLM alone, interval": [-0.5, 4.5],
+        "gap closed, %": 40.0,
+        "gap closed, interval": [-10.0, 80.0],
+        "of the LLM's score, %": 98.5,
+    }
+    speed = {
+        "synopsis": {name: {"decoding, times the LLM": x} for name, x in {"SLM alone": 5.0, "LLM-to-SLM": 4.5}.items()}
+    }
+    text = verdicts("synopsis", {"SLM alone": {}, "LLM-to-SLM": row}, speed)
+    assert "not surely above the SLM alone, by 2.0 ROUGE-L (-0.5 to 4.5), at 0.90 x its decoding speed" in text
+    assert "40 % (-10 % to 80 %)" in text and "98 % at 4 x: reached." in text
+    speed["synopsis"]["LLM-to-SLM"]["decoding, times the LLM"] = 3.9
+    assert "missed." in verdicts("synopsis", {"LLM-to-SLM": row | {"above the SLM alone, interval": [0.1, 1]}}, speed)
+    assert verdicts("synopsis", {"LLM-to-SLM": row}, {}) == ""
