@@ -114,6 +114,8 @@ def factors(task: str) -> dict[str, list[Row]]:
             row("the fine-tuned LLM's answers", best, labels="llm"),
             row("the data's, half of the loss from the fine-tuned LLM's logits", best, distillation_weight=0.5),
             row(f"the prompts' own text in {STEPS} steps before", best, heal_steps=STEPS),
+            row("SLM alone, the data's answers", alone),
+            row("SLM alone, the fine-tuned LLM's answers", alone, labels="llm"),
         ],
     }
     fresh = {
