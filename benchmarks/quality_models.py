@@ -185,7 +185,7 @@ def compose(cell: Cell, processor: LLM2SLMProcessor) -> LLM2SLMForConditionalGen
     model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
         llm_path(cell.llm), fusion=processor.fusion, processor=processor, llm_dtype=fast_dtype(), **options
     )
-    if cell.slm_shape is None and cell.fit_embeddings and processor.fusion != "kv":
+    if model.config.slm_layers and model.config.slm_layers[0] > 0 and cell.fit_embeddings:
         fit_slm_embeddings(model, processor, prompts)
     return model
 
@@ -216,7 +216,9 @@ def contestant_for(cell: Cell) -> Contestant:
     elif cell.slm_shape is not None and cell.contestant == SLM:
         model = new_slm(cell.slm_shape, processor.tokenizer)
     else:
-        model = compose(cell, processor) if cell.contestant == HYBRID else cut_slm(cell)
+        model = compose(cell, processor)
+        if cell.contestant == SLM:
+            model = model.slm
     for vocabulary in vocabularies(model, cell):
         vocabulary.requires_grad_(False)
     if cell.freeze_slm:
@@ -227,13 +229,6 @@ def contestant_for(cell: Cell) -> Contestant:
     alone = SLMAloneCollator(processor, task.max_new_tokens)
     instruction = task.instruction if cell.contestant == ZERO_SHOT else None
     return Contestant(model, alone, alone_writer(model, processor, alone, instruction), processor)
-
-
-def cut_slm(cell: Cell) -> PreTrainedModel:
-    """The SLM that the hybrid has, cut from the LLM, with the LLM's own embeddings."""
-    return LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
-        llm_path(cell.llm), **arguments_of(cell, "slm_layers"), slm_dtype=torch.float32
-    ).slm
 
 
 def vocabularies(model: Any, cell: Cell) -> list[nn.Module]:
