@@ -35,6 +35,7 @@ from transformers_llm2slm import (
     LLM2SLMForConditionalGeneration,
     LLM2SLMProcessor,
     fit_slm_embeddings,
+    make_shortlist,
 )
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
@@ -223,6 +224,8 @@ def contestant_for(cell: Cell) -> Contestant:
         vocabulary.requires_grad_(False)
     if cell.freeze_slm:
         model.slm.requires_grad_(False)
+    if cell.shortlist:
+        model.shortlist = make_shortlist(processor, [row["completion"] for row in read_rows(cell.task, "train")])
     if cell.contestant == HYBRID:
         collator = LLM2SLMDataCollator(processor, max_response_length=task.max_new_tokens)
         return Contestant(model, collator, hybrid_writer(model, processor), processor)

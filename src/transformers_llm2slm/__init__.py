@@ -16,6 +16,7 @@ from .projector import LLM2SLMProjector
 from .prompt import LLM2SLMPrompt
 from .registration import register
 from .sft import prepare_sft_config
+from .shortlist import make_shortlist
 from .trainer_card import LLM2SLMModelCardMixin
 from .version import __version__ as __version__
 
@@ -38,5 +39,6 @@ __all__ = [
     "fit_projector",
     "fit_slm_embeddings",
     "lora_config",
+    "make_shortlist",
     "prepare_sft_config",
 ]

@@ -24,6 +24,7 @@ from .evaluation import require_extra
 from .export_graphs import ATTENTION, exporting, graphs_of
 from .exported import LLM2SLMExportedModel, check_export
 from .loading import quantization_of
+from .shortlist import shortlisted
 
 if TYPE_CHECKING:
     from transformers.exporters import ExportedModel
@@ -103,7 +104,8 @@ def trace(model: LLM2SLMForConditionalGeneration, format: str, int8: bool, atten
 
     exporter = {"onnx": OnnxExporter, "openvino": OpenVINOExporter}[format]()
     components = {}
-    with exporting(model.slm, attention), warnings.catch_warnings():
+    listed = shortlisted(model.slm, model.shortlist, model.generation_config)
+    with listed, exporting(model.slm, attention), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch.export's own use of what torch deprecates
         graphs = graphs_of(model)
         for name, graph in graphs.items():

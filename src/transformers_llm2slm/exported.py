@@ -284,6 +284,17 @@ class LLM2SLMExportedModel(LLM2SLMGenerationMixin, LLM2SLMPreTrainedModel):
     def llm(self) -> None:
         """There is none: the graph that reads prompts holds its weights."""
 
+    @property
+    def shortlist(self) -> list[int] | None:
+        """The tokens that the SLM may write, as they were when it was exported; `None` if all."""
+        return getattr(self.generation_config, "shortlist", None)
+
+    @shortlist.setter
+    def shortlist(self, value: Any) -> None:
+        raise AttributeError(
+            "An exported model keeps the shortlist that it was exported with: set it before you export."
+        )
+
     def encode_prompt(self, *args: Any, **kwargs: Any) -> LLM2SLMPrompt:
         """See [`ExportedParts.encode_prompt`]."""
         return self.model.encode_prompt(*args, **kwargs)
@@ -350,4 +361,10 @@ def check_export(model: Any, exported: LLM2SLMExportedModel) -> float:
     agreed = (expected.sequences == found.sequences).all(dim=0).long().cumprod(dim=0)
     steps = 1 + int(agreed[-len(expected.logits) :].sum())  # behind another token, other logits are no error
     pairs = list(zip(expected.logits, found.logits, strict=True))[:steps]
-    return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+    return max(_difference(a, b) for a, b in pairs)
+
+
+def _difference(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """The largest, as a share of the largest value; what is infinite in both, as behind a shortlist, is equal."""
+    differences = torch.where(expected == found, 0.0, (expected - found).abs())
+    return float(differences.max() / expected[expected.isfinite()].abs().max())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -11,6 +12,7 @@ from transformers import GenerationConfig, GenerationMixin
 from .configuration_llm2slm import check_choice
 from .lossless import generate_lossless
 from .prompt import LLM2SLMPrompt, without_prompt_length
+from .shortlist import shortlisted
 from .structure import lay_out_for_decoding
 
 if TYPE_CHECKING:
@@ -31,6 +33,17 @@ class LLM2SLMGenerationMixin(GenerationMixin):
     def generation_config(self, value: GenerationConfig) -> None:
         if "model" in self._modules:  # PreTrainedModel sets one before there is an SLM, which brings its own
             self.model.slm.generation_config = value
+
+    @property
+    def shortlist(self) -> list[int] | None:
+        """The tokens that the SLM may write (see [`make_shortlist`]), `None` if all; kept and saved in the generation config."""
+        return getattr(self.generation_config, "shortlist", None)
+
+    @shortlist.setter
+    def shortlist(self, value: Sequence[int] | None) -> None:
+        self.generation_config.shortlist = None if value is None else list(value)
+        # A config that was derived from a model's is read back without what it was given since.
+        self.generation_config._from_model_config = False
 
     def to_decoding_layout(self: LLM2SLMForConditionalGeneration) -> LLM2SLMForConditionalGeneration:
         """
@@ -54,6 +67,7 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         *args: Any,
         prompt: LLM2SLMPrompt | None = None,
         mode: Mode = "hybrid",
+        shortlist: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
         r"""
@@ -66,6 +80,8 @@ class LLM2SLMGenerationMixin(GenerationMixin):
             mode (`str`, defaults to `"hybrid"`): `"lossless"` gives the LLM's own output, greedy or sampled, which the SLM
                 drafts and the LLM verifies; for one prompt at a time, without beams, on a model that was loaded with
                 `load_llm="whole"`. See [`generate_lossless`].
+            shortlist (`Sequence[int]`, *optional*): The tokens that the SLM may write, see [`make_shortlist`]: its LM head scores
+                no others, which makes steps faster. Defaults to `model.shortlist`; an empty one lifts that.
             kwargs: The prompt (see [`LLM2SLMModel.encode_prompt`]), and whatever the SLM's `generate` takes: `num_beams`,
                 `do_sample`, `max_new_tokens`, `streamer`, `stop_strings`, `cache_implementation` ... Lengths count the
                 response, for both kinds of SLM.
@@ -84,20 +100,30 @@ class LLM2SLMGenerationMixin(GenerationMixin):
                 kwargs.pop(name, None)
         if inputs is not None:
             prompt_kwargs["input_ids"] = inputs
-        if mode == "lossless":
-            if prompt is not None or prompt_kwargs.get("llm_hidden_states") is not None:
-                raise ValueError(
-                    "In lossless mode the LLM reads and verifies: pass `input_ids`, not what it has read."
-                )
-            if self.model.whole_llm is None:
-                raise ValueError(
-                    "Lossless generation needs the whole LLM, but this model holds the part of it that reads. Load the model "
-                    'with `load_llm="whole"`.'
-                )
-            return generate_lossless(self, self.model.whole_llm, prompt_kwargs, generation_config, *args, **kwargs)
-        if prompt is None:
-            prompt = self.encode_prompt(**prompt_kwargs)
-        kwargs |= self.model.slm_prompt(prompt)
-        if not self.slm.config.is_encoder_decoder:
-            generation_config, kwargs = without_prompt_length(generation_config, kwargs, self.generation_config)
-        return self.slm.generate(None, generation_config, *args, **kwargs)
+        if shortlist is None:
+            shortlist = getattr(generation_config, "shortlist", self.shortlist)
+        with shortlisted(self.slm, shortlist, self.generation_config, generation_config, kwargs):
+            if mode == "lossless":
+                return self._generate_lossless(prompt, prompt_kwargs, generation_config, *args, **kwargs)
+            if prompt is None:
+                prompt = self.encode_prompt(**prompt_kwargs)
+            kwargs |= self.model.slm_prompt(prompt)
+            if not self.slm.config.is_encoder_decoder:
+                generation_config, kwargs = without_prompt_length(generation_config, kwargs, self.generation_config)
+            return self.slm.generate(None, generation_config, *args, **kwargs)
+
+    def _generate_lossless(
+        self: LLM2SLMForConditionalGeneration,
+        prompt: LLM2SLMPrompt | None,
+        prompt_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if prompt is not None or prompt_kwargs.get("llm_hidden_states") is not None:
+            raise ValueError("In lossless mode the LLM reads and verifies: pass `input_ids`, not what it has read.")
+        if self.model.whole_llm is None:
+            raise ValueError(
+                "Lossless generation needs the whole LLM, but this model holds the part of it that reads. Load the model "
+                'with `load_llm="whole"`.'
+            )
+        return generate_lossless(self, self.model.whole_llm, prompt_kwargs, *args, **kwargs)

@@ -1,0 +1,162 @@
+"""A shortlist: the tokens that the SLM may write, and an LM head of their size.
+
+In a small model with a large vocabulary most of a decoding step is its LM head, which scores every token for the few that a task
+needs. The name and the idea are those of machine translation (Jean et al., 2015, arXiv 1412.2007; `--shortlist` in Marian).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .structure import lay_out_for_decoding
+
+if TYPE_CHECKING:
+    from .processing_llm2slm import LLM2SLMProcessor
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_ALWAYS = ("eos_token_id", "pad_token_id", "bos_token_id", "forced_bos_token_id", "forced_eos_token_id")
+
+
+def make_shortlist(processor: LLM2SLMProcessor, texts: Sequence[str], size: int | None = None) -> list[int]:
+    """
+    The tokens of some texts, for `model.shortlist`.
+
+    Args:
+        processor ([`LLM2SLMProcessor`]): The processor of the model.
+        texts (`Sequence[str]`): Thousands of texts like those that it is to write, the training answers for instance.
+        size (`int`, *optional*): Take the most frequent ones, so many. By default all that occur.
+
+    Returns:
+        `list[int]`: Token ids in order: those of the texts, the special ones, and single bytes and characters, by which a word that
+        is in no text can still be spelled.
+
+    Raises:
+        ValueError: if there are no texts.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    if isinstance(texts, str) or not texts:
+        raise ValueError(f"`texts` must be a list of texts like those to write, thousands of them, got {texts!r:.80}.")
+    tokenizer, counts = processor.tokenizer, Counter[int]()
+    for start in range(0, len(texts), 1000):
+        for labels in processor(text_target=list(texts[start : start + 1000]))["labels"]:
+            counts.update(labels)
+    frequent = {token for token, _ in counts.most_common(size)}
+    characters = set("".join(texts)) | set(ByteLevel.alphabet())
+    spelling = {
+        token
+        for text, token in tokenizer.get_vocab().items()
+        if text.lstrip("\u2581") in characters or _BYTE.fullmatch(text)
+    }
+    return sorted((frequent | spelling | set(tokenizer.all_special_ids)) - {-100})
+
+
+class ShortlistHead(nn.Linear):
+    """
+    An LM head that scores some tokens, and gives all others negative infinity.
+
+    Args:
+        head (`nn.Linear`): The whole one, `vocab_size` rows; its rows are copied.
+        token_ids (`Sequence[int]`): Tokens to score, in order.
+    """
+
+    token_ids: torch.Tensor
+    unlisted: torch.Tensor
+
+    def __init__(self, head: Any, token_ids: Sequence[int]):
+        whole = head.weight.detach()
+        # On "meta", as the weights are the other's.
+        super().__init__(whole.shape[1], len(token_ids), bias=head.bias is not None, device="meta")
+        self.vocab_size, self.listed, self.source = len(whole), list(token_ids), _state(head)
+        chosen = torch.tensor(self.listed, device=whole.device)
+        self.weight = nn.Parameter(whole[chosen], requires_grad=False)
+        if head.bias is not None:
+            self.bias = nn.Parameter(head.bias.detach()[chosen], requires_grad=False)
+        self.register_buffer("token_ids", chosen)
+        self.register_buffer("unlisted", torch.ones_like(whole[:, 0], dtype=torch.bool).index_fill(0, chosen, False))
+        if not whole.is_contiguous():
+            lay_out_for_decoding(self)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits of shape `(..., vocab_size)`."""
+        listed = super().forward(hidden_states)
+        logits = listed.new_full((*listed.shape[:-1], self.vocab_size), -torch.inf)
+        return logits.index_copy(-1, self.token_ids, listed)
+
+    def is_of(self, head: Any, token_ids: Sequence[int]) -> bool:
+        """Whether it was made of that head as it is now, and for these tokens."""
+        weight, *rest = self.source
+        return weight is head.weight and rest == list(_state(head)[1:]) and self.listed == list(token_ids)
+
+
+def _state(head: Any) -> tuple[Any, ...]:
+    """What tells whether a head has been changed since."""
+    weight = head.weight
+    return weight, weight._version, weight.data_ptr(), weight.stride(), weight.dtype
+
+
+@contextmanager
+def shortlisted(slm: PreTrainedModel, token_ids: Sequence[int] | None, *sources: Any) -> Iterator[None]:
+    """
+    The SLM with an LM head for some tokens, for as long as the block runs.
+
+    Args:
+        slm: The SLM.
+        token_ids: What it may write; `None` and an empty list mean all tokens.
+        sources: Generation configs, and arguments of `generate`, whose special tokens it may write as well.
+
+    Raises:
+        ValueError: for what is no token, or for another shortlist than that of an exported SLM.
+    """
+    head: Any = slm.get_output_embeddings()
+    if head is None:  # in a graph
+        built_in = getattr(slm.generation_config, "shortlist", None)
+        if sorted(token_ids or []) != sorted(built_in or []):
+            raise ValueError(
+                "An exported model writes by the shortlist that it was exported with: set `model.shortlist` before you export."
+            )
+    if head is None or not token_ids:
+        yield
+        return
+    token_ids = _checked(token_ids, len(head.weight), sources)
+    # Kept beside the model's modules, not among them: it is no part of its weights.
+    narrow = vars(slm).get("_shortlist_head")
+    if narrow is None or not narrow.is_of(head, token_ids):
+        narrow = vars(slm)["_shortlist_head"] = ShortlistHead(head, token_ids)
+
+    def mask(_: nn.Module, __: Any, output: Any) -> Any:
+        # What a model does to logits behind its head, such as capping them, must not bring the others back.
+        output.logits = output.logits.masked_fill(narrow.unlisted, -torch.inf)
+        return output
+
+    hook = slm.register_forward_hook(mask)
+    slm.set_output_embeddings(narrow)
+    try:
+        yield
+    finally:
+        slm.set_output_embeddings(head)
+        hook.remove()
+
+
+def _checked(token_ids: Sequence[int], vocab_size: int, sources: Sequence[Any]) -> list[int]:
+    """A shortlist in order, with the tokens that generation needs."""
+    listed: set[Any] = set(token_ids)
+    if wrong := [token for token in listed if not isinstance(token, int) or not 0 <= token < vocab_size]:
+        raise ValueError(
+            f"`shortlist` must hold token ids in [0, {vocab_size - 1}] of the SLM's vocabulary, got {wrong[0]!r}. Make it with "
+            "`make_shortlist(processor, texts)`."
+        )
+    for source in sources:
+        named = source if isinstance(source, Mapping) else vars(source) if source is not None else {}
+        for name in _ALWAYS:
+            value = named.get(name)
+            listed |= set(value) if isinstance(value, list) else {value}
+    return sorted(token for token in listed if token is not None and token < vocab_size)
