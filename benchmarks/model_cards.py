@@ -11,7 +11,7 @@ import json
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import datasets
 from quality_cells import HYBRID, TASKS
@@ -60,6 +60,16 @@ def write_demo_card(results_file: pathlib.Path, card_file: pathlib.Path) -> None
         return write_card(checkpoint, model, arguments, prompts[0], records)
 
     write_without_weights(card_file, model, write)
+
+
+def quality_cards() -> Iterator[tuple[pathlib.Path, Row]]:
+    """The card of each hybrid of the table of quality that has been trained, and its row."""
+    for task, rows in MAIN.items():
+        for row in rows:
+            cell = row.cells[0]
+            if cell.contestant == HYBRID and results_of(row, RESULTS / "quality"):
+                kind = f"{cell.fusion}-shortlist" if cell.shortlist else cell.fusion
+                yield CARDS / f"{NAME}-{task}-{kind}.md", row
 
 
 def write_quality_card(row: Row, card_file: pathlib.Path) -> None:
@@ -120,6 +130,8 @@ def quality_records(row: Row) -> list[Record]:
         "answers": f"at most {task.max_new_tokens} tokens",
         "seed": cell.seed,
     }
+    if cell.shortlist:
+        training["shortlist"] = "it writes tokens of the training answers alone"
     note = (
         f"The figures of one seed each. The mean of {count} seeds of this model is {judged} {figures['scores'][task.score]} "
         f"({shown(figures['interval'])}, paired bootstrap over the rows, 95 %). The fine-tuned LLM and the SLM alone are trained on "
@@ -153,7 +165,5 @@ if __name__ == "__main__":
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     write_demo_card(RESULTS / "demo" / "results.json", CARDS / f"{NAME}-synopsis.md")
-    for task, rows in MAIN.items():
-        for row in rows:
-            if row.cells[0].contestant == HYBRID:
-                write_quality_card(row, CARDS / f"{NAME}-{task}-{row.cells[0].fusion}.md")
+    for file, row in quality_cards():
+        write_quality_card(row, file)
