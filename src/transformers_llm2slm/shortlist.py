@@ -31,7 +31,8 @@ def make_shortlist(processor: LLM2SLMProcessor, texts: Sequence[str], size: int 
 
     Args:
         processor ([`LLM2SLMProcessor`]): The processor of the model.
-        texts (`Sequence[str]`): Thousands of texts like those that it is to write, the training answers for instance.
+        texts (`Sequence[str]`): Thousands of texts like those that it is to write: the training answers, and the prompts too where
+            answers quote names from them.
         size (`int`, *optional*): Take the most frequent ones, so many. By default all that occur.
 
     Returns:
