@@ -187,23 +187,30 @@ def pareto(path: pathlib.Path, figures: dict[str, dict[str, Any]], speed: dict[s
     tasks = [task for task in TASKS if figures.get(task) and speed.get(task)]
     if not tasks:
         return
-    figure, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 4.4), layout="constrained", squeeze=False)
+    names = [row.name for row in MAIN[tasks[0]] if any(row.name in figures[task] for task in tasks)]
+    colors = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4.4), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         judged = TASKS[task].score
-        for name, row in figures[task].items():
-            if name not in speed[task]:
-                continue
-            x, y, (low, high) = speed[task][name]["tokens/s"], row["scores"][judged], row["interval"]
-            color = "#2563eb" if name.startswith(HYBRID) else "#8a94a6"
-            axis.errorbar(x, y, yerr=[[max(0.0, y - low)], [max(0.0, high - y)]], fmt="o", color=color, capsize=3)
-            axis.annotate(name, (x, y), xytext=(7, 4), textcoords="offset points", fontsize=8, color=color)
+        for name in names:
+            if name in figures[task] and name in speed[task]:
+                x, y = speed[task][name]["tokens/s"], figures[task][name]["scores"][judged]
+                low, high = figures[task][name]["interval"]
+                error = [[max(0.0, y - low)], [max(0.0, high - y)]]
+                marker = "D" if name.startswith(HYBRID) else "o"
+                axis.errorbar(x, y, yerr=error, fmt=marker, color=colors[name], capsize=3, label=name)
         axis.set_title(task, loc="left", fontsize=11)
         axis.set_xlabel("tokens per second, batch size 1")
         axis.set_ylabel(f"{TITLES[judged]}, 95 % interval")
         axis.set_xlim(left=0)
-        axis.margins(x=0.3, y=0.15)
+        axis.margins(x=0.1, y=0.1)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
+    handles = {}
+    for axis in axes[0]:
+        drawn, labels = axis.get_legend_handles_labels()
+        handles |= dict(zip(labels, drawn, strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
