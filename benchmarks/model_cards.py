@@ -68,7 +68,7 @@ def quality_cards() -> Iterator[tuple[pathlib.Path, Row]]:
         for row in rows:
             cell = row.cells[0]
             if cell.contestant == HYBRID and results_of(row, RESULTS / "quality"):
-                kind = f"{cell.fusion}-shortlist" if cell.shortlist else cell.fusion
+                kind = f"{cell.fusion}-shortlist-{cell.shortlist}" if cell.shortlist else cell.fusion
                 yield CARDS / f"{NAME}-{task}-{kind}.md", row
 
 
@@ -131,7 +131,8 @@ def quality_records(row: Row) -> list[Record]:
         "seed": cell.seed,
     }
     if cell.shortlist:
-        training["shortlist"] = "it writes tokens of the training answers alone"
+        texts = "answers" if cell.shortlist == "answers" else "prompts and answers"
+        training["shortlist"] = f"it writes tokens of the training {texts} alone"
     note = (
         f"The figures of one seed each. The mean of {count} seeds of this model is {judged} {figures['scores'][task.score]} "
         f"({shown(figures['interval'])}, paired bootstrap over the rows, 95 %). The fine-tuned LLM and the SLM alone are trained on "

@@ -73,7 +73,7 @@ class Cell:
         steps, batch_size, rows: Training steps, rows in a step, and rows there are.
         learning_rate, projector_learning_rate: Peaks of AdamW's; the second is by default the first.
         max_prompt_length: By default the task's.
-        shortlist: Write only tokens of the training answers, by an LM head of their size.
+        shortlist: Write only tokens of the training answers, or of prompts and answers, by an LM head of their size.
         seed: Of new weights, the order of the rows, and what is cut for healing.
         split: What is measured on. Settings are chosen on the validation rows; the test rows are for the main table alone.
     """
@@ -102,7 +102,7 @@ class Cell:
     learning_rate: float = 1e-3
     projector_learning_rate: float | None = None
     max_prompt_length: int | None = None
-    shortlist: bool = False
+    shortlist: Literal["answers", "prompts"] | None = None
     seed: int = 0
     split: Literal["test", "validation"] = "test"
 

@@ -225,7 +225,9 @@ def contestant_for(cell: Cell) -> Contestant:
     if cell.freeze_slm:
         model.slm.requires_grad_(False)
     if cell.shortlist:
-        model.shortlist = make_shortlist(processor, [row["completion"] for row in read_rows(cell.task, "train")])
+        columns = ("completion",) if cell.shortlist == "answers" else ("prompt", "completion")
+        texts = [row[column] for row in read_rows(cell.task, "train") for column in columns]
+        model.shortlist = make_shortlist(processor, texts)
     if cell.contestant == HYBRID:
         collator = LLM2SLMDataCollator(processor, max_response_length=task.max_new_tokens)
         return Contestant(model, collator, hybrid_writer(model, processor), processor)

@@ -58,7 +58,10 @@ def main_rows(task: str) -> list[Row]:
         Row(SLM, seeds(slm_alone(task))),
         Row(HYBRID, seeds(hybrid(task))),
         Row(f'{HYBRID}, fusion="kv"', seeds(hybrid_kv(task))),
-        Row(f'{HYBRID}, fusion="kv", shortlist', seeds(hybrid_kv(task).with_changes(shortlist=True))),
+        *(
+            Row(f'{HYBRID}, fusion="kv", shortlist of {name}', seeds(hybrid_kv(task).with_changes(shortlist=texts)))
+            for name, texts in {"answers": "answers", "prompts and answers": "prompts"}.items()
+        ),
     ]
 
 

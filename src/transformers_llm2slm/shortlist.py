@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .structure import lay_out_for_decoding
 
@@ -42,8 +43,6 @@ def make_shortlist(processor: LLM2SLMProcessor, texts: Sequence[str], size: int 
     Raises:
         ValueError: if there are no texts.
     """
-    from tokenizers.pre_tokenizers import ByteLevel
-
     if isinstance(texts, str) or not texts:
         raise ValueError(f"`texts` must be a list of texts like those to write, thousands of them, got {texts!r:.80}.")
     tokenizer, counts = processor.tokenizer, Counter[int]()
@@ -51,7 +50,7 @@ def make_shortlist(processor: LLM2SLMProcessor, texts: Sequence[str], size: int 
         for labels in processor(text_target=list(texts[start : start + 1000]))["labels"]:
             counts.update(labels)
     frequent = {token for token, _ in counts.most_common(size)}
-    characters = set("".join(texts)) | set(ByteLevel.alphabet())
+    characters = set("".join(texts)) | set(bytes_to_unicode().values())
     spelling = {
         token
         for text, token in tokenizer.get_vocab().items()
