@@ -130,9 +130,8 @@ def test_rows_go_through_what_data_sets_do(small, tmp_path):
         assert torch.equal(row["llm_hidden_states"], states[row["id"]])
     loader = DataLoader(shuffled, batch_size=2, num_workers=1, collate_fn=LLM2SLMDataCollator(processor))
     here = LLM2SLMDataCollator(processor)([shuffled[0], shuffled[1]])
-    batches = iter(
-        loader
-    )  # which holds the workers, and with them the memory that they share, as in any loop over a loader
+    # It holds the workers, and with them the memory that they share, as in any loop over a loader.
+    batches = iter(loader)
     assert torch.equal(next(batches)["llm_hidden_states"], here["llm_hidden_states"])
     again = cache_llm_states(rows.select([2]), model, processor, tmp_path, dtype="float32")
     assert torch.equal(again[0]["llm_hidden_states"], states[2])

@@ -65,18 +65,24 @@ class ShortlistHead(nn.Linear):
 
     Args:
         head (`nn.Linear`): The whole one, `vocab_size` rows; its rows are copied.
-        token_ids (`Sequence[int]`): Tokens to score, in order.
+        token_ids (`Sequence[int]`): Tokens to score.
+        required (`set[int]`): More of them, which generation needs.
+
+    Raises:
+        ValueError: for what is no token.
     """
 
     token_ids: torch.Tensor
     unlisted: torch.Tensor
 
-    def __init__(self, head: Any, token_ids: Sequence[int]):
+    def __init__(self, head: Any, token_ids: Sequence[int], required: set[int]):
         whole = head.weight.detach()
+        listed = _checked(token_ids, required, len(whole))
         # On "meta", as the weights are the other's.
-        super().__init__(whole.shape[1], len(token_ids), bias=head.bias is not None, device="meta")
-        self.vocab_size, self.listed, self.source = len(whole), list(token_ids), _state(head)
-        chosen = torch.tensor(self.listed, device=whole.device)
+        super().__init__(whole.shape[1], len(listed), bias=head.bias is not None, device="meta")
+        self.made_of, self.vocab_size, self.listed = _state(head, token_ids, required), len(whole), listed
+        self.source = (head.weight,)  # kept alive, so that no other weight gets its id
+        chosen = torch.tensor(listed, device=whole.device)
         self.weight = nn.Parameter(whole[chosen], requires_grad=False)
         if head.bias is not None:
             self.bias = nn.Parameter(head.bias.detach()[chosen], requires_grad=False)
@@ -91,16 +97,12 @@ class ShortlistHead(nn.Linear):
         logits = listed.new_full((*listed.shape[:-1], self.vocab_size), -torch.inf)
         return logits.index_copy(-1, self.token_ids, listed)
 
-    def is_of(self, head: Any, token_ids: Sequence[int]) -> bool:
-        """Whether it was made of that head as it is now, and for these tokens."""
-        weight, *rest = self.source
-        return weight is head.weight and rest == list(_state(head)[1:]) and self.listed == list(token_ids)
 
-
-def _state(head: Any) -> tuple[Any, ...]:
-    """What tells whether a head has been changed since."""
+def _state(head: Any, token_ids: Sequence[int], required: set[int]) -> tuple[Any, ...]:
+    """What tells whether a shortlist's head has to be made anew."""
     weight = head.weight
-    return weight, weight._version, weight.data_ptr(), weight.stride(), weight.dtype
+    same = id(weight), weight._version, weight.data_ptr(), weight.stride(), weight.dtype
+    return *same, list(token_ids), required
 
 
 @contextmanager
@@ -126,11 +128,11 @@ def shortlisted(slm: PreTrainedModel, token_ids: Sequence[int] | None, *sources:
     if head is None or not token_ids:
         yield
         return
-    token_ids = _checked(token_ids, len(head.weight), sources)
+    required = _required(sources)
     # Kept beside the model's modules, not among them: it is no part of its weights.
     narrow = vars(slm).get("_shortlist_head")
-    if narrow is None or not narrow.is_of(head, token_ids):
-        narrow = vars(slm)["_shortlist_head"] = ShortlistHead(head, token_ids)
+    if narrow is None or narrow.made_of != _state(head, token_ids, required):
+        narrow = vars(slm)["_shortlist_head"] = ShortlistHead(head, token_ids, required)
 
     def mask(_: nn.Module, __: Any, output: Any) -> Any:
         # What a model does to logits behind its head, such as capping them, must not bring the others back.
@@ -146,17 +148,22 @@ def shortlisted(slm: PreTrainedModel, token_ids: Sequence[int] | None, *sources:
         hook.remove()
 
 
-def _checked(token_ids: Sequence[int], vocab_size: int, sources: Sequence[Any]) -> list[int]:
-    """A shortlist in order, with the tokens that generation needs."""
-    listed: set[Any] = set(token_ids)
-    if wrong := [token for token in listed if not isinstance(token, int) or not 0 <= token < vocab_size]:
-        raise ValueError(
-            f"`shortlist` must hold token ids in [0, {vocab_size - 1}] of the SLM's vocabulary, got {wrong[0]!r}. Make it with "
-            "`make_shortlist(processor, texts)`."
-        )
+def _required(sources: Sequence[Any]) -> set[int]:
+    """The special tokens that generation configs and arguments name."""
+    required: set[Any] = set()
     for source in sources:
         named = source if isinstance(source, Mapping) else vars(source) if source is not None else {}
         for name in _ALWAYS:
             value = named.get(name)
-            listed |= set(value) if isinstance(value, list) else {value}
-    return sorted(token for token in listed if token is not None and token < vocab_size)
+            required |= set(value) if isinstance(value, list) else {value}
+    return required - {None}
+
+
+def _checked(token_ids: Sequence[int], required: set[int], vocab_size: int) -> list[int]:
+    """A shortlist in order, with the tokens that generation needs."""
+    if wrong := [token for token in token_ids if not isinstance(token, int) or not 0 <= token < vocab_size]:
+        raise ValueError(
+            f"`shortlist` must hold token ids in [0, {vocab_size - 1}] of the SLM's vocabulary, got {wrong[0]!r}. Make it with "
+            "`make_shortlist(processor, texts)`."
+        )
+    return sorted({*token_ids, *(token for token in required if token < vocab_size)})
