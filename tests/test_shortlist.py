@@ -41,8 +41,9 @@ def test_writes_what_it_would_if_all_others_were_suppressed(zoo, slm, options):
     others = set(range(len(model.get_output_embeddings().weight))) - set(listed) - needed
     suppress = LogitsProcessorList([SuppressTokensLogitsProcessor(sorted(others), device=model.device)])
     torch.manual_seed(0)
-    # Beams count probabilities among all tokens before they are suppressed.
-    expected = model.generate(**batch, **options, logits_processor=suppress, renormalize_logits=True)
+    # Beams count probabilities among all tokens, before any are suppressed (here the end, too).
+    options["renormalize_logits"] = True
+    expected = model.generate(**batch, **options, logits_processor=suppress)
     torch.manual_seed(0)
     found = model.generate(**batch, **options, shortlist=listed)
     assert torch.equal(found, expected)
