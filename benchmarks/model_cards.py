@@ -17,7 +17,7 @@ import datasets
 from quality_cells import HYBRID, TASKS
 from quality_models import PROJECT, contestant_for, rows_for
 from quality_report import COLUMNS, TITLES, results_of, shown
-from quality_tables import MAIN, Row
+from quality_tables import FEW, MAIN, MORE, Row, influential
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -68,8 +68,10 @@ def quality_cards() -> Iterator[tuple[pathlib.Path, Row]]:
         for row in rows:
             cell = row.cells[0]
             if cell.contestant == HYBRID and results_of(row, RESULTS / "quality"):
-                kind = f"{cell.fusion}-shortlist-{cell.shortlist}" if cell.shortlist else cell.fusion
-                yield CARDS / f"{NAME}-{task}-{kind}.md", row
+                shortlist = f"-shortlist-{cell.shortlist}" if cell.shortlist else ""
+                layers = f"-{FEW}-layers" if cell.slm_layers == influential(FEW) else ""
+                rows_too = f"-{cell.rows}-rows" if cell.rows == MORE["rows"] else ""
+                yield CARDS / f"{NAME}-{task}-{cell.fusion}{layers}{shortlist}{rows_too}.md", row
 
 
 def write_quality_card(row: Row, card_file: pathlib.Path) -> None:
@@ -120,6 +122,7 @@ def quality_records(row: Row) -> list[Record]:
     }
     training = {
         "trained": "projector and the SLM's layers; its embeddings and LM head are the LLM's",
+        "rows": cell.rows,
         "steps": cell.steps,
         "rows in a step": cell.batch_size,
         "learning rate": cell.learning_rate,
@@ -141,7 +144,12 @@ def quality_records(row: Row) -> list[Record]:
     made = ("command", "date", "machine", "versions")
     by, speed_by = ({name: record[name] for name in made} for record in (first, speed))
     return [
-        {"kind": TRAINING, "data": {"name": f"{cell.task}-train.jsonl.gz"}, "settings": training, **by},
+        {
+            "kind": TRAINING,
+            "data": {"name": f"{cell.task}-train.jsonl.gz"},
+            "settings": training,
+            **by,
+        },
         {
             "kind": QUALITY,
             "data": {"name": f"{cell.task}-test.jsonl.gz", "rows": len(first["answers"])},

@@ -66,9 +66,11 @@ def llm_path(name: str) -> str:
 # Rows --------------------------------------------------------------------------------------------------------------------
 @cache
 def read_rows(task: str, split: str) -> list[dict[str, str]]:
-    """A file of `examples/data`, as `prompt` and `completion`; the prompt is as it stands there."""
-    with gzip.open(PROJECT / "examples" / "data" / f"{task}-{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+    """The rows of `examples/data`, as `prompt` and `completion`; the prompt is as it stands there."""
+    rows = []
+    for name in ("train", "train-more") if split == "train" else (split,):
+        with gzip.open(PROJECT / "examples" / "data" / f"{task}-{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+            rows += [json.loads(line) for line in lines]
     prompt, completion = TASKS[task].columns
     return [{"prompt": row[prompt], "completion": row[completion]} for row in rows]
 
@@ -226,7 +228,7 @@ def contestant_for(cell: Cell) -> Contestant:
         model.slm.requires_grad_(False)
     if cell.shortlist:
         columns = ("completion",) if cell.shortlist == "answers" else ("prompt", "completion")
-        texts = [row[column] for row in read_rows(cell.task, "train") for column in columns]
+        texts = [row[column] for row in read_rows(cell.task, "train")[: cell.rows] for column in columns]
         model.shortlist = make_shortlist(processor, texts)
     if cell.contestant == HYBRID:
         collator = LLM2SLMDataCollator(processor, max_response_length=task.max_new_tokens)

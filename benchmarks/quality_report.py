@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from quality_cells import HYBRID, SLM, TASKS, TUNED, Cell
+from quality_cells import HYBRID, TASKS, TUNED, Cell
 from quality_models import read_rows
 from quality_scores import Interval, RowScores, interval
 from quality_tables import ABLATIONS, MAIN, Row
@@ -37,8 +37,8 @@ def references_of(cell: Cell) -> list[str]:
 def figures_of(rows: Sequence[Row], folder: pathlib.Path, with_intervals: bool) -> dict[str, dict[str, Any]]:
     """
     For each row that has results: mean `scores` over its seeds, their `spread`, `seeds`, `loss` and `parameters`. With intervals,
-    also those of the task's score and of its difference to the SLM alone; and the share of the gap from the SLM alone to the
-    fine-tuned LLM that is closed.
+    also those of the task's score and, of a hybrid, of its difference to the SLM alone that it is compared with; and the
+    share of the gap from there to the fine-tuned LLM that is closed.
     """
     found = {row: results for row in rows if (results := results_of(row, folder))}
     figures: dict[str, dict[str, Any]] = {}
@@ -60,23 +60,23 @@ def figures_of(rows: Sequence[Row], folder: pathlib.Path, with_intervals: bool) 
     if not with_intervals or not found:
         return figures
     judged, count = TASKS[rows[0].cells[0].task].score, len(references_of(rows[0].cells[0]))
-    kinds = {row.cells[0].contestant: row.name for row in reversed(found)}
-    alone, tuned = (scores.get(kinds.get(kind, "")) for kind in (SLM, TUNED))
+    tuned = scores.get(TUNED)
     for row in found:
-        own, entry = scores[row.name], figures[row.name]
+        own, alone, entry = scores[row.name], scores.get(row.beside), figures[row.name]
         entry["interval"] = rounded(interval(lambda chosen, own=own: own.on(judged, chosen), count))
         if row.cells[0].contestant != HYBRID or alone is None:
             continue
 
-        def above(chosen: np.ndarray, own: RowScores = own) -> float:
+        def above(chosen: np.ndarray, own: RowScores = own, alone: RowScores = alone) -> float:
             return own.on(judged, chosen) - alone.on(judged, chosen)
 
         everything = np.arange(count)
+        entry["beside"] = row.beside
         entry["above the SLM alone"] = round(above(everything), 2)
         entry["above the SLM alone, interval"] = rounded(interval(above, count))
         if tuned is not None:
 
-            def closed(chosen: np.ndarray, above: Any = above) -> float:
+            def closed(chosen: np.ndarray, above: Any = above, alone: RowScores = alone) -> float:
                 return 100 * above(chosen) / (tuned.on(judged, chosen) - alone.on(judged, chosen))
 
             entry["gap closed, %"] = round(closed(everything), 1)
@@ -125,11 +125,11 @@ def verdicts(task: str, figures: dict[str, dict[str, Any]], speed: dict[str, Any
             continue
         difference, interval = row["above the SLM alone"], row["above the SLM alone, interval"]
         share, decoding = row["of the LLM's score, %"], speeds[name]["decoding, times the LLM"]
-        beside_slm = decoding / speeds[SLM]["decoding, times the LLM"]
+        beside_slm = decoding / speeds[row["beside"]]["decoding, times the LLM"]
         surely = "surely" if interval[0] > 0 else "not surely"
         reached = "reached" if share >= AIM_SHARE and decoding >= AIM_SPEED else "missed"
         lines.append(
-            f"- `{name}`: {surely} above the SLM alone, by {difference:.1f} {judged} ({shown(interval)}), at {beside_slm:.2f} x its "
+            f"- `{name}`: {surely} above `{row['beside']}`, by {difference:.1f} {judged} ({shown(interval)}), at {beside_slm:.2f} x its "
             f"decoding speed. It closes {shown(row['gap closed, interval'], row['gap closed, %'], '{:.0f} %')} of the gap from there "
             f"to the fine-tuned LLM, and has {share:.1f} % of that one's score at {decoding:.2f} x its decoding speed. The aim, "
             f"{AIM_SHARE} % at {AIM_SPEED} x: {reached}."
@@ -188,7 +188,7 @@ def pareto(path: pathlib.Path, figures: dict[str, dict[str, Any]], speed: dict[s
     if not tasks:
         return
     names = [row.name for row in MAIN[tasks[0]] if any(row.name in figures[task] for task in tasks)]
-    colors = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    colors = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
     figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4.4), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         judged = TASKS[task].score

@@ -14,16 +14,26 @@ from quality_cells import HYBRID, MINILM, MPNET, SEEDS, SLM, TASKS, TUNED, ZERO_
 INFLUENCE = pathlib.Path(__file__).resolve().parent / "results" / "quality" / "block_influence.json"
 BY_INFLUENCE = json.loads(INFLUENCE.read_text(encoding="utf-8"))["order"]
 STEPS = 400
-# Of the SLM in the main table.
-LAYERS = 8
+# All rows that there are, each of them once.
+MORE = {"rows": 21_000, "steps": 1300}
+# Of the SLM in the main table, and of a smaller one.
+LAYERS, FEW = 8, 4
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: its name, and a cell for each seed."""
+    """
+    A line of a table.
+
+    Args:
+        name: What it is called.
+        cells: One for each seed.
+        beside: Of a hybrid: the row of the SLM alone that it is compared with, as large and trained on as many rows.
+    """
 
     name: str
     cells: tuple[Cell, ...]
+    beside: str = SLM
 
 
 def seeds(cell: Cell) -> tuple[Cell, ...]:
@@ -51,6 +61,15 @@ def teacher_cell(task: str) -> Cell:
     return Cell(task, TUNED, steps=200, learning_rate=1e-4)
 
 
+def compared(task: str, suffix: str, **changes: Any) -> list[Row]:
+    """The SLM alone and the hybrid with other settings."""
+    alone = f"{SLM}, {suffix}"
+    return [
+        Row(alone, seeds(slm_alone(task).with_changes(**changes))),
+        Row(f'{HYBRID}, fusion="kv", {suffix}', seeds(hybrid_kv(task).with_changes(**changes)), beside=alone),
+    ]
+
+
 def main_rows(task: str) -> list[Row]:
     return [
         Row(ZERO_SHOT, (Cell(task, ZERO_SHOT),)),
@@ -62,6 +81,8 @@ def main_rows(task: str) -> list[Row]:
             Row(f'{HYBRID}, fusion="kv", shortlist of {name}', seeds(hybrid_kv(task).with_changes(shortlist=texts)))
             for name, texts in {"answers": "answers", "prompts and answers": "prompts"}.items()
         ),
+        *compared(task, f"{FEW} layers", slm_layers=influential(FEW)),
+        *compared(task, f"{MORE['rows']:,} rows", **MORE),
     ]
 
 

@@ -38,6 +38,19 @@ def test_only_the_main_table_is_measured_on_test_rows():
     assert {cell.split for row in factors for cell in row.cells} == {"validation"}
 
 
+def test_a_hybrid_is_compared_with_an_slm_trained_alike():
+    from quality_tables import HYBRID, MAIN
+
+    for rows in MAIN.values():
+        alone = {row.name: row.cells[0] for row in rows}
+        for row in rows:
+            cell, other = row.cells[0], alone[row.beside]
+            if cell.contestant == HYBRID:
+                trained = ("steps", "rows", "batch_size", "learning_rate")
+                assert all(getattr(cell, name) == getattr(other, name) for name in trained)
+                assert cell.slm_layers in (other.slm_layers, len(other.slm_layers))
+
+
 def test_name_says_what_differs_from_the_defaults():
     from quality_cells import HYBRID, Cell
 
@@ -100,18 +113,18 @@ def test_stored_results_have_an_answer_for_each_row():
 def test_verdict_says_what_is_sure_and_what_was_missed():
     from quality_report import verdicts
 
+    alone = "SLM alone, 4 layers"
     row = {
+        "beside": alone,
         "above the SLM alone": 2.0,
         "above the SLM alone, interval": [-0.5, 4.5],
         "gap closed, %": 40.0,
         "gap closed, interval": [-10.0, 80.0],
         "of the LLM's score, %": 98.5,
     }
-    speed = {
-        "synopsis": {name: {"decoding, times the LLM": x} for name, x in {"SLM alone": 5.0, "LLM-to-SLM": 4.5}.items()}
-    }
-    text = verdicts("synopsis", {"SLM alone": {}, "LLM-to-SLM": row}, speed)
-    assert "not surely above the SLM alone, by 2.0 ROUGE-L (-0.5 to 4.5), at 0.90 x its decoding speed" in text
+    speed = {"synopsis": {name: {"decoding, times the LLM": x} for name, x in {alone: 5.0, "LLM-to-SLM": 4.5}.items()}}
+    text = verdicts("synopsis", {alone: {}, "LLM-to-SLM": row}, speed)
+    assert "not surely above `SLM alone, 4 layers`, by 2.0 ROUGE-L (-0.5 to 4.5), at 0.90 x its decoding speed" in text
     assert "40 % (-10 % to 80 %)" in text and "98 % at 4 x: reached." in text
     speed["synopsis"]["LLM-to-SLM"]["decoding, times the LLM"] = 3.9
     assert "missed." in verdicts("synopsis", {"LLM-to-SLM": row | {"above the SLM alone, interval": [0.1, 1]}}, speed)
