@@ -69,9 +69,10 @@ def quality_cards() -> Iterator[tuple[pathlib.Path, Row]]:
             cell = row.cells[0]
             if cell.contestant == HYBRID and results_of(row, RESULTS / "quality"):
                 shortlist = f"-shortlist-{cell.shortlist}" if cell.shortlist else ""
+                tuned = "-tuned-llm" if cell.tuned_llm else ""
                 layers = f"-{FEW}-layers" if cell.slm_layers == influential(FEW) else ""
                 rows_too = f"-{cell.rows}-rows" if cell.rows == MORE["rows"] else ""
-                yield CARDS / f"{NAME}-{task}-{cell.fusion}{layers}{shortlist}{rows_too}.md", row
+                yield CARDS / f"{NAME}-{task}-{cell.fusion}{tuned}{layers}{shortlist}{rows_too}.md", row
 
 
 def write_quality_card(row: Row, card_file: pathlib.Path) -> None:
@@ -133,6 +134,8 @@ def quality_records(row: Row) -> list[Record]:
         "answers": f"at most {task.max_new_tokens} tokens",
         "seed": cell.seed,
     }
+    if cell.tuned_llm:
+        training["LLM"] = "fine-tuned in full on the same rows first; then it is frozen, and the SLM is cut from it"
     if cell.shortlist:
         texts = "answers" if cell.shortlist == "answers" else "prompts and answers"
         training["shortlist"] = f"it writes tokens of the training {texts} alone"

@@ -60,6 +60,7 @@ class Cell:
         task: A name of [`TASKS`].
         contestant: Which of the four kinds.
         llm: A name of `examples/prepare_models.py`.
+        tuned_llm: Fine-tune the LLM on the task first: it is then what reads, frozen, and what the SLM is cut from.
         slm_layers: Layers of the LLM that make the SLM; a number means the upper ones. Its embeddings and LM head are not trained.
         slm_shape: Make a new SLM of this shape instead: `t5-256x4` has the width 256 and 4 layers (an encoder-decoder 4 and 4).
         slm_tokenizer: Of a new SLM: trained on the task's texts, or the LLM's.
@@ -81,6 +82,7 @@ class Cell:
     task: str
     contestant: str
     llm: str = SMOLLM2
+    tuned_llm: bool = False
     slm_layers: int | tuple[int, ...] | None = None
     slm_shape: str | None = None
     slm_tokenizer: Literal["data", "llm"] = "data"

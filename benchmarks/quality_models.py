@@ -174,7 +174,7 @@ def arguments_of(cell: Cell, *names: str) -> dict[str, Any]:
     return {n: list(value) if isinstance(value, tuple) else value for n, value in values.items() if value is not None}
 
 
-def compose(cell: Cell, processor: LLM2SLMProcessor) -> LLM2SLMForConditionalGeneration:
+def compose(cell: Cell, processor: LLM2SLMProcessor, llm: str) -> LLM2SLMForConditionalGeneration:
     """The hybrid before training: LLM in the faster dtype, projector and SLM in float32."""
     options = arguments_of(cell, *COMPOSING)
     few = cell.with_changes(rows=min(cell.rows, FIT_PROMPTS))
@@ -186,7 +186,7 @@ def compose(cell: Cell, processor: LLM2SLMProcessor) -> LLM2SLMForConditionalGen
     if cell.projector_init == "fit":
         options["fit_prompts"] = prompts
     model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
-        llm_path(cell.llm), fusion=processor.fusion, processor=processor, llm_dtype=fast_dtype(), **options
+        llm, fusion=processor.fusion, processor=processor, llm_dtype=fast_dtype(), **options
     )
     if model.config.slm_layers and model.config.slm_layers[0] > 0 and cell.fit_embeddings:
         fit_slm_embeddings(model, processor, prompts)
@@ -209,17 +209,18 @@ class Contestant:
     processor: LLM2SLMProcessor
 
 
-def contestant_for(cell: Cell) -> Contestant:
-    """The model of a cell, before training."""
+def contestant_for(cell: Cell, llm: pathlib.Path | None = None) -> Contestant:
+    """The model of a cell, before training. The LLM is by default as it was published, which is as large and as fast as fine-tuned."""
     set_seed(cell.seed)
     processor, task = processor_for(cell), TASKS[cell.task]
+    llm_folder = llm_path(cell.llm) if llm is None else str(llm)
     if cell.contestant in (ZERO_SHOT, TUNED):
         dtype = fast_dtype() if cell.contestant == ZERO_SHOT else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(llm_path(cell.llm), dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(llm_folder, dtype=dtype)
     elif cell.slm_shape is not None and cell.contestant == SLM:
         model = new_slm(cell.slm_shape, processor.tokenizer)
     else:
-        model = compose(cell, processor)
+        model = compose(cell, processor, llm_folder)
         if cell.contestant == SLM:
             model = model.slm
     for vocabulary in vocabularies(model, cell):

@@ -81,6 +81,7 @@ def main_rows(task: str) -> list[Row]:
             Row(f'{HYBRID}, fusion="kv", shortlist of {name}', seeds(hybrid_kv(task).with_changes(shortlist=texts)))
             for name, texts in {"answers": "answers", "prompts and answers": "prompts"}.items()
         ),
+        *compared(task, "cut from the fine-tuned LLM", tuned_llm=True),
         *compared(task, f"{FEW} layers", slm_layers=influential(FEW)),
         *compared(task, f"{MORE['rows']:,} rows", **MORE),
     ]

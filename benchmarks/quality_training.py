@@ -50,7 +50,7 @@ def run(
         `settings`, `parameters` trained, `metrics`, `curve`, `seconds` of each part, and `answers`, in the order of the rows;
         and the model.
     """
-    contestant = contestant_for(cell)
+    contestant = contestant_for(cell, teacher() if cell.tuned_llm else None)
     model, seconds = contestant.model, {}
     llm_tokenizer = contestant.processor.llm_tokenizer
     rows = {split: rows_for(cell, split, llm_tokenizer) for split in ("train", "validation", cell.split)}
@@ -104,7 +104,8 @@ def with_states(rows: Sequence[dict[str, str]], cell: Cell, contestant: Contesta
     config = contestant.model.config
     layers = "-".join(map(str, config.llm_layers))
     kind = {"kv": "kv", "llm-embed": "embed"}.get(config.fusion, "states")
-    folder = work_dir / "states" / f"{cell.task}_{cell.llm}_{kind}_{layers}"
+    tuned = "-tuned" if cell.tuned_llm else ""
+    folder = work_dir / "states" / f"{cell.task}_{cell.llm}{tuned}_{kind}_{layers}"
     return cache_llm_states(dataset, contestant.model, contestant.processor, folder)
 
 

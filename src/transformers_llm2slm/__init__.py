@@ -8,6 +8,7 @@ from .data_collator import LLM2SLMDataCollator
 from .distillation import LogitDistillationMixin
 from .exported import LLM2SLMExportedModel
 from .fit import fit_projector, fit_slm_embeddings
+from .influence import block_influence, influential_layers
 from .llm_states_cache import cache_error, cache_llm_states
 from .lora import lora_config
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMModel, LLM2SLMOutput
@@ -34,10 +35,12 @@ __all__ = [
     "LLM2SLMProjector",
     "LLM2SLMPrompt",
     "LogitDistillationMixin",
+    "block_influence",
     "cache_error",
     "cache_llm_states",
     "fit_projector",
     "fit_slm_embeddings",
+    "influential_layers",
     "lora_config",
     "make_shortlist",
     "prepare_sft_config",

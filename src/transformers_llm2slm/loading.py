@@ -304,7 +304,7 @@ def cut_slm(llm: PreTrainedModel, layers: int | Sequence[int]) -> tuple[PreTrain
         The SLM (its own copy of the weights), and the indices of the layers that it keeps.
     """
     config, layers = cut_config(llm, layers)
-    prefix, _ = _decoder_layers(llm)
+    prefix, _ = decoder_layers(llm)
     pattern = re.compile(rf"^{re.escape(prefix)}\.(\d+)\.(.*)$")
     source = llm.state_dict()
     with torch.device("meta"):
@@ -330,14 +330,14 @@ def cut_slm(llm: PreTrainedModel, layers: int | Sequence[int]) -> tuple[PreTrain
 
 def cut_config(llm: PreTrainedModel, layers: int | Sequence[int]) -> tuple[PreTrainedConfig, list[int]]:
     """The configuration of an SLM that [`cut_slm`] cuts from the LLM, and the layers that it keeps. No weights are read."""
-    _, total = _decoder_layers(llm)
+    _, total = decoder_layers(llm)
     chosen = _chosen_layers(layers, total, evenly=llm.config.is_encoder_decoder)
     config = copy.deepcopy(llm.config)
     _keep_layers(config, total, chosen)
     return config, chosen
 
 
-def _decoder_layers(llm: PreTrainedModel) -> tuple[str, int]:
+def decoder_layers(llm: PreTrainedModel) -> tuple[str, int]:
     """Name and length of the list of the LLM's decoder layers."""
     decoder = llm.get_decoder()
     text_config = decoder_text_config(llm.config)
@@ -354,7 +354,7 @@ def _decoder_layers(llm: PreTrainedModel) -> tuple[str, int]:
 
 
 # What configurations call the number of decoder layers, most specific first.
-_LAYER_COUNTS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "num_layers")
+_LAYER_COUNTS = ("decoder_layers", "numdecoder_layers", "num_hidden_layers", "num_layers")
 
 
 def _chosen_layers(layers: int | Sequence[int], total: int, evenly: bool) -> list[int]:
