@@ -17,7 +17,7 @@ import datasets
 from quality_cells import HYBRID, TASKS
 from quality_models import PROJECT, contestant_for, rows_for
 from quality_report import COLUMNS, TITLES, results_of, shown
-from quality_tables import FEW, MAIN, MORE, Row, influential
+from quality_tables import FEW, MAIN, MORE, SHORTLISTS, Row, influential
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -137,8 +137,7 @@ def quality_records(row: Row) -> list[Record]:
     if cell.tuned_llm:
         training["LLM"] = "fine-tuned in full on the same rows first; then it is frozen, and the SLM is cut from it"
     if cell.shortlist:
-        texts = "answers" if cell.shortlist == "answers" else "prompts and answers"
-        training["shortlist"] = f"it writes tokens of the training {texts} alone"
+        training["shortlist"] = f"it writes tokens of the training {SHORTLISTS[cell.shortlist]} alone"
     note = (
         f"The figures of one seed each. The mean of {count} seeds of this model is {judged} {figures['scores'][task.score]} "
         f"({shown(figures['interval'])}, paired bootstrap over the rows, 95 %). The fine-tuned LLM and the SLM alone are trained on "

@@ -126,10 +126,10 @@ def verdicts(task: str, figures: dict[str, dict[str, Any]], speed: dict[str, Any
         difference, interval = row["above the SLM alone"], row["above the SLM alone, interval"]
         share, decoding = row["of the LLM's score, %"], speeds[name]["decoding, times the LLM"]
         beside_slm = decoding / speeds[row["beside"]]["decoding, times the LLM"]
-        surely = "surely" if interval[0] > 0 else "not surely"
+        found = "surely above" if interval[0] > 0 else "surely below" if interval[1] < 0 else "not surely above"
         reached = "reached" if share >= AIM_SHARE and decoding >= AIM_SPEED else "missed"
         lines.append(
-            f"- `{name}`: {surely} above `{row['beside']}`, by {difference:.1f} {judged} ({shown(interval)}), at {beside_slm:.2f} x its "
+            f"- `{name}`: {found} `{row['beside']}`, {difference:+.1f} {judged} ({shown(interval)}), at {beside_slm:.2f} x its "
             f"decoding speed. It closes {shown(row['gap closed, interval'], row['gap closed, %'], '{:.0f} %')} of the gap from there "
             f"to the fine-tuned LLM, and has {share:.1f} % of that one's score at {decoding:.2f} x its decoding speed. The aim, "
             f"{AIM_SHARE} % at {AIM_SPEED} x: {reached}."

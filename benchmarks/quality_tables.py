@@ -61,29 +61,29 @@ def teacher_cell(task: str) -> Cell:
     return Cell(task, TUNED, steps=200, learning_rate=1e-4)
 
 
-def compared(task: str, suffix: str, **changes: Any) -> list[Row]:
-    """The SLM alone and the hybrid with other settings."""
-    alone = f"{SLM}, {suffix}"
-    return [
-        Row(alone, seeds(slm_alone(task).with_changes(**changes))),
-        Row(f'{HYBRID}, fusion="kv", {suffix}', seeds(hybrid_kv(task).with_changes(**changes)), beside=alone),
-    ]
+# Texts whose tokens make a shortlist, by the name of the cell's setting.
+SHORTLISTS = {"answers": "answers", "prompts": "prompts and answers"}
+
+
+def compared(task: str, suffix: str = "", shortlists: bool = False, **changes: Any) -> list[Row]:
+    """The SLM alone and the hybrid with some settings; the hybrid with shortlists, too."""
+    alone, name = f"{SLM}{suffix}", f'{HYBRID}, fusion="kv"{suffix}'
+    by_kv = hybrid_kv(task).with_changes(**changes)
+    rows = [Row(alone, seeds(slm_alone(task).with_changes(**changes))), Row(name, seeds(by_kv), beside=alone)]
+    for kind, texts in SHORTLISTS.items() if shortlists else ():
+        rows.append(Row(f"{name}, shortlist of {texts}", seeds(by_kv.with_changes(shortlist=kind)), beside=alone))
+    return rows
 
 
 def main_rows(task: str) -> list[Row]:
     return [
         Row(ZERO_SHOT, (Cell(task, ZERO_SHOT),)),
         Row(TUNED, (teacher_cell(task),)),
-        Row(SLM, seeds(slm_alone(task))),
+        *compared(task, shortlists=True),
         Row(HYBRID, seeds(hybrid(task))),
-        Row(f'{HYBRID}, fusion="kv"', seeds(hybrid_kv(task))),
-        *(
-            Row(f'{HYBRID}, fusion="kv", shortlist of {name}', seeds(hybrid_kv(task).with_changes(shortlist=texts)))
-            for name, texts in {"answers": "answers", "prompts and answers": "prompts"}.items()
-        ),
-        *compared(task, "cut from the fine-tuned LLM", tuned_llm=True),
-        *compared(task, f"{FEW} layers", slm_layers=influential(FEW)),
-        *compared(task, f"{MORE['rows']:,} rows", **MORE),
+        *compared(task, f", {FEW} layers", slm_layers=influential(FEW)),
+        *compared(task, f", {MORE['rows']:,} rows", **MORE),
+        *compared(task, ", tuned LLM", shortlists=True, tuned_llm=True),
     ]
 
 

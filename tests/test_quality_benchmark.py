@@ -124,8 +124,10 @@ def test_verdict_says_what_is_sure_and_what_was_missed():
     }
     speed = {"synopsis": {name: {"decoding, times the LLM": x} for name, x in {alone: 5.0, "LLM-to-SLM": 4.5}.items()}}
     text = verdicts("synopsis", {alone: {}, "LLM-to-SLM": row}, speed)
-    assert "not surely above `SLM alone, 4 layers`, by 2.0 ROUGE-L (-0.5 to 4.5), at 0.90 x its decoding speed" in text
+    assert "not surely above `SLM alone, 4 layers`, +2.0 ROUGE-L (-0.5 to 4.5), at 0.90 x its decoding speed" in text
     assert "40 % (-10 % to 80 %)" in text and "98 % at 4 x: reached." in text
     speed["synopsis"]["LLM-to-SLM"]["decoding, times the LLM"] = 3.9
+    below = row | {"above the SLM alone, interval": [-4.5, -0.5]}
+    assert "surely below `SLM alone, 4 layers`" in verdicts("synopsis", {"LLM-to-SLM": below}, speed)
     assert "missed." in verdicts("synopsis", {"LLM-to-SLM": row | {"above the SLM alone, interval": [0.1, 1]}}, speed)
     assert verdicts("synopsis", {"LLM-to-SLM": row}, {}) == ""
