@@ -210,7 +210,7 @@ def pareto(path: pathlib.Path, figures: dict[str, dict[str, Any]], speed: dict[s
     for axis in axes[0]:
         drawn, labels = axis.get_legend_handles_labels()
         handles |= dict(zip(labels, drawn, strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
