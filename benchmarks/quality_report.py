@@ -177,6 +177,23 @@ def escaped(text: str) -> str:
 
 
 # Plots -------------------------------------------------------------------------------------------------------------------
+def colors_of_rows() -> dict[str, Any]:
+    """The same for a row in every plot and panel."""
+    import matplotlib.pyplot as plt
+
+    names = dict.fromkeys(row.name for rows in MAIN.values() for row in rows)
+    return dict(zip(names, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
+
+
+def share_legend(figure: Any) -> None:
+    """One legend below all panels, as names are long."""
+    handles = {}
+    for axis in figure.axes:
+        drawn, labels = axis.get_legend_handles_labels()
+        handles |= dict(zip(labels, drawn, strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+
+
 def pareto(path: pathlib.Path, figures: dict[str, dict[str, Any]], speed: dict[str, Any]) -> None:
     """Quality over speed, a panel for each task."""
     import matplotlib
@@ -187,13 +204,12 @@ def pareto(path: pathlib.Path, figures: dict[str, dict[str, Any]], speed: dict[s
     tasks = [task for task in TASKS if figures.get(task) and speed.get(task)]
     if not tasks:
         return
-    names = [row.name for row in MAIN[tasks[0]] if any(row.name in figures[task] for task in tasks)]
-    colors = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
+    colors = colors_of_rows()
     figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4.4), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         judged = TASKS[task].score
-        for name in names:
-            if name in figures[task] and name in speed[task]:
+        for name in figures[task]:
+            if name in speed[task]:
                 x, y = speed[task][name]["tokens/s"], figures[task][name]["scores"][judged]
                 low, high = figures[task][name]["interval"]
                 error = [[max(0.0, y - low)], [max(0.0, high - y)]]
@@ -206,11 +222,7 @@ def pareto(path: pathlib.Path, figures: dict[str, dict[str, Any]], speed: dict[s
         axis.margins(x=0.1, y=0.1)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    handles = {}
-    for axis in axes[0]:
-        drawn, labels = axis.get_legend_handles_labels()
-        handles |= dict(zip(labels, drawn, strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    share_legend(figure)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -223,9 +235,12 @@ def curves(path: pathlib.Path, folder: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     tasks = [task for task in TASKS if any(results_of(row, folder) for row in MAIN[task])]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 3.8), layout="constrained", squeeze=False)
+    colors = colors_of_rows()
+    figure, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 5), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for row in MAIN[task]:
+            if row.cells[0].shortlist:  # learns as the row without it does
+                continue
             for result in results_of(row, folder)[:1]:
                 points = [
                     (entry["step"], entry["eval_loss"])
@@ -233,14 +248,15 @@ def curves(path: pathlib.Path, folder: pathlib.Path) -> None:
                     if "eval_loss" in entry and entry["part"] == "training"
                 ]
                 if points:
-                    axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=row.name)
+                    axis.plot(
+                        *zip(*points, strict=True), marker="o", markersize=3, color=colors[row.name], label=row.name
+                    )
         axis.set_title(task, loc="left", fontsize=11)
         axis.set_xlabel("training steps")
         axis.set_ylabel("validation loss per token")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-        if axis.lines:
-            axis.legend(frameon=False, fontsize=8)
+    share_legend(figure)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
