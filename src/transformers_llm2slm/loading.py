@@ -354,7 +354,7 @@ def decoder_layers(llm: PreTrainedModel) -> tuple[str, int]:
 
 
 # What configurations call the number of decoder layers, most specific first.
-_LAYER_COUNTS = ("decoder_layers", "numdecoder_layers", "num_hidden_layers", "num_layers")
+_LAYER_COUNTS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "num_layers")
 
 
 def _chosen_layers(layers: int | Sequence[int], total: int, evenly: bool) -> list[int]:
