@@ -134,24 +134,22 @@ def quality_records(row: Row) -> list[Record]:
         "answers": f"at most {task.max_new_tokens} tokens",
         "seed": cell.seed,
     }
+    files = f"{cell.task}-train.jsonl.gz"
+    if cell.rows == MORE["rows"]:
+        files += f" and {cell.task}-train-more.jsonl.gz"
     if cell.tuned_llm:
         training["LLM"] = "fine-tuned in full on the same rows first; then it is frozen, and the SLM is cut from it"
     if cell.shortlist:
         training["shortlist"] = f"it writes tokens of the training {SHORTLISTS[cell.shortlist]} alone"
     note = (
         f"The figures of one seed each. The mean of {count} seeds of this model is {judged} {figures['scores'][task.score]} "
-        f"({shown(figures['interval'])}, paired bootstrap over the rows, 95 %). The fine-tuned LLM and the SLM alone are trained on "
-        "the same data."
+        f"({shown(figures['interval'])}, paired bootstrap over the rows, 95 %). The others are trained on the same task; where "
+        "they differ, their names say how."
     )
     made = ("command", "date", "machine", "versions")
     by, speed_by = ({name: record[name] for name in made} for record in (first, speed))
     return [
-        {
-            "kind": TRAINING,
-            "data": {"name": f"{cell.task}-train.jsonl.gz"},
-            "settings": training,
-            **by,
-        },
+        {"kind": TRAINING, "data": {"name": files}, "settings": training, **by},
         {
             "kind": QUALITY,
             "data": {"name": f"{cell.task}-test.jsonl.gz", "rows": len(first["answers"])},

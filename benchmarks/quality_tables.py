@@ -14,7 +14,7 @@ from quality_cells import HYBRID, MINILM, MPNET, SEEDS, SLM, TASKS, TUNED, ZERO_
 INFLUENCE = pathlib.Path(__file__).resolve().parent / "results" / "quality" / "block_influence.json"
 BY_INFLUENCE = json.loads(INFLUENCE.read_text(encoding="utf-8"))["order"]
 STEPS = 400
-# All rows that there are, each of them once.
+# All rows that there are, each of them at most once.
 MORE = {"rows": 21_000, "steps": 1300}
 # Of the SLM in the main table, and of a smaller one.
 LAYERS, FEW = 8, 4

@@ -82,7 +82,8 @@ def influential_layers(
     Raises:
         ValueError: as [`block_influence`], and for a count that the LLM doesn't have.
     """
+    _, total = decoder_layers(llm)
+    if not 1 <= count <= total:
+        raise ValueError(f"`count` must lie in [1, {total}] for this LLM, got {count}.")
     influence = block_influence(llm, tokenizer, rows)
-    if not 1 <= count <= len(influence):
-        raise ValueError(f"`count` must lie in [1, {len(influence)}] for this LLM, got {count}.")
-    return sorted(sorted(range(len(influence)), key=lambda layer: -influence[layer])[:count])
+    return sorted(sorted(range(total), key=lambda layer: -influence[layer])[:count])
