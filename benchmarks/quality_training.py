@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +22,8 @@ from quality_models import (
     rows_for,
     write_all,
 )
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
@@ -51,33 +53,13 @@ def run(
         and the model.
     """
     contestant = contestant_for(cell, teacher() if cell.tuned_llm else None)
-    model, seconds = contestant.model, {}
-    llm_tokenizer = contestant.processor.llm_tokenizer
-    rows = {split: rows_for(cell, split, llm_tokenizer) for split in ("train", "validation", cell.split)}
-    if cell.labels == "llm":
-        rows["train"] = llm_labels(cell, rows["train"], teacher(), work_dir)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    curve: list[dict[str, float]] = []
+    model, curve, seconds = contestant.model, [], {}
     if cell.steps:
-        for name, steps in (("healing", cell.heal_steps), ("training", cell.steps)):
-            if steps == 0:
-                continue
-            began = time.perf_counter()
-            chosen = rows["train"] if name == "training" else healing_rows(cell, llm_tokenizer)
-            # In less than an epoch, rows that no step comes to would be read for nothing.
-            parts = [chosen[: steps * cell.batch_size], rows["validation"][:CURVE_ROWS]]
-            datasets = [with_states(part, cell, contestant, work_dir) for part in parts]
-            seconds[f"reading for {name}"] = time.perf_counter() - began
-            began = time.perf_counter()
-            teacher_model = None
-            if cell.distillation_weight and name == "training":
-                teacher_model = AutoModelForCausalLM.from_pretrained(teacher(), dtype=torch.bfloat16)
-            history = train(cell, contestant, *datasets, steps, work_dir / "trainer", teacher_model)
-            curve += [entry | {"part": name} for entry in history]
-            seconds[name] = time.perf_counter() - began
+        curve, seconds = learn(cell, contestant, work_dir, teacher)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     began = time.perf_counter()
-    measured = rows[cell.split]
+    measured = rows_for(cell, cell.split, contestant.processor.llm_tokenizer)
     answers = write_all(contestant, [row["prompt"] for row in measured], TASKS[cell.task].max_new_tokens)
     seconds["writing"] = time.perf_counter() - began
     references = [" ".join(row["completion"].split()) for row in measured]
@@ -94,6 +76,64 @@ def run(
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "answers": answers,
     }, model
+
+
+def learn(
+    cell: Cell, contestant: Contestant, work_dir: pathlib.Path, teacher: Callable[[], pathlib.Path]
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """
+    Train in place; returns the losses on the way and the seconds of each part.
+
+    The weights are kept in the work folder, for the cells that train alike and are measured otherwise.
+    """
+    alike = cell.with_changes(split="test", shortlist=None)
+    file = work_dir / "trained" / f"{alike.task}_{alike.name}.safetensors"
+    trained = {name: parameter for name, parameter in contestant.model.named_parameters() if parameter.requires_grad}
+    if not file.exists():
+        curve, seconds = teach(cell, contestant, work_dir, teacher)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        record = json.dumps({"curve": curve, "seconds": seconds})
+        save_file({name: parameter.detach() for name, parameter in trained.items()}, part, {"record": record})
+        part.replace(file)
+        return curve, seconds
+    with safe_open(file, "pt") as stored, torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(stored.get_tensor(name))
+        record = json.loads(stored.metadata()["record"])
+    return record["curve"], record["seconds"]
+
+
+def teach(
+    cell: Cell, contestant: Contestant, work_dir: pathlib.Path, teacher: Callable[[], pathlib.Path]
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Heal, if the cell says so, and train; returns what [`learn`] does."""
+    tokenizer = contestant.processor.llm_tokenizer
+    # In less than an epoch, rows that no step comes to would be read for nothing.
+    rows = rows_for(cell, "train", tokenizer)[: cell.steps * cell.batch_size]
+    validation = rows_for(cell, "validation", tokenizer)[:CURVE_ROWS]
+    curve: list[dict[str, Any]] = []
+    seconds: dict[str, float] = {}
+    if cell.labels == "llm":
+        rows = llm_labels(cell, rows, teacher(), work_dir)
+    for name, steps in (("healing", cell.heal_steps), ("training", cell.steps)):
+        if steps == 0:
+            continue
+        began = time.perf_counter()
+        chosen = rows if name == "training" else healing_rows(cell, tokenizer)[: steps * cell.batch_size]
+        datasets = [with_states(part, cell, contestant, work_dir) for part in (chosen, validation)]
+        seconds[f"reading for {name}"] = time.perf_counter() - began
+        began = time.perf_counter()
+        teacher_model = None
+        if cell.distillation_weight and name == "training":
+            teacher_model = AutoModelForCausalLM.from_pretrained(teacher(), dtype=torch.bfloat16)
+        work_dir.mkdir(parents=True, exist_ok=True)
+        # Of its own, as several may train side by side.
+        with tempfile.TemporaryDirectory(dir=work_dir) as folder:
+            history = train(cell, contestant, *datasets, steps, folder, teacher_model)
+        curve += [entry | {"part": name} for entry in history]
+        seconds[name] = time.perf_counter() - began
+    return curve, seconds
 
 
 def with_states(rows: Sequence[dict[str, str]], cell: Cell, contestant: Contestant, work_dir: pathlib.Path) -> Dataset:
@@ -115,14 +155,13 @@ def train(
     rows: Dataset,
     validation: Dataset,
     steps: int,
-    folder: pathlib.Path,
+    folder: str,
     teacher: PreTrainedModel | None,
 ) -> list[dict[str, float]]:
     """Train in place; returns the losses on the way, `loss` of training rows and `eval_loss`."""
-    shutil.rmtree(folder, ignore_errors=True)
     points = max(1, steps // CURVE_POINTS)
     settings = Seq2SeqTrainingArguments(
-        output_dir=str(folder),
+        output_dir=folder,
         max_steps=steps,
         per_device_train_batch_size=cell.batch_size,
         per_device_eval_batch_size=32,
