@@ -62,6 +62,7 @@ def estimated(pair: SpeedPair, cell: Conditions, llm_dtype: torch.dtype, options
         batch_size=cell.batch_size,
         num_beams=cell.num_beams,
         slm_layers=pair.slm_layers,
+        fusion=pair.fusion if pair.slm is None else None,
         llm_dtype=llm_dtype,
         slm_dtype=torch.float32,
         seconds=options.seconds,
@@ -109,7 +110,9 @@ def make(pair: SpeedPair, tiny: bool) -> tuple[PreTrainedModel, LLM2SLMForCondit
             auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             models.append(auto.from_config(config, dtype=dtype).eval())
     # Random tokens have no characters to align by; the tokens of one stand for those of the other.
-    composing: dict[str, Any] = {"fusion": "add"} if pair.slm else {"slm_layers": pair.slm_layers}
+    composing: dict[str, Any] = (
+        {"fusion": "add"} if pair.slm else {"slm_layers": pair.slm_layers, "fusion": pair.fusion}
+    )
     return models[0], LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(*models, **composing).eval()
 
 

@@ -59,7 +59,9 @@ def t5_large_to_t5_small() -> LLM2SLMForConditionalGeneration:
 
 def smollm2_to_its_top_layers() -> LLM2SLMForConditionalGeneration:
     """A Llama of the size of SmolLM2-135M in front of its own top 6 layers."""
-    return LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(LlamaForCausalLM(smollm2_config()), slm_layers=6)
+    return LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+        LlamaForCausalLM(smollm2_config()), slm_layers=6, fusion="replace"
+    )
 
 
 def smollm2_config() -> LlamaConfig:

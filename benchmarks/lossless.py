@@ -100,7 +100,7 @@ def cut(llm: Any, kept: Sequence[int], damping: float, **options: Any) -> LLM2SL
     llm.generation_config.eos_token_id = None
     llm.generation_config.pad_token_id = 0
     return LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
-        llm.eval(), slm_layers=list(kept), load_llm="whole", **options
+        llm.eval(), slm_layers=list(kept), fusion="replace", load_llm="whole", **options
     )
 
 
@@ -118,7 +118,9 @@ def decoder_only(options: argparse.Namespace) -> tuple[LLM2SLMForConditionalGene
         model = compose.from_pretrained(options.checkpoint, load_llm="whole", dtype="float32", llm_dtype="float32")
         return model.eval(), processor
     if options.llm:
-        model = compose.from_llm_slm_pretrained(options.llm, slm_layers=4, load_llm="whole", dtype="float32")
+        model = compose.from_llm_slm_pretrained(
+            options.llm, slm_layers=4, fusion="replace", load_llm="whole", dtype="float32"
+        )
         tokenizer = AutoTokenizer.from_pretrained(options.llm)
         return model.eval(), tokenizer
     torch.manual_seed(0)

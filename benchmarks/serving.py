@@ -65,7 +65,7 @@ def smollm2(options: argparse.Namespace, count: int) -> tuple[LLM2SLMForConditio
     folder = options.llm or prepare("smollm2-135m-instruct", PROJECT / "models")
     llm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
-        llm, slm_layers=options.slm_layers, load_llm="whole"
+        llm, slm_layers=options.slm_layers, fusion="replace", load_llm="whole"
     )
     with gzip.open(PROJECT / "examples" / "data" / "synopsis-validation.jsonl.gz", "rt", encoding="utf-8") as lines:
         prompts = [json.loads(line)["prompt"] for line in lines]

@@ -72,7 +72,7 @@ class SpeedPair:
 
     Args:
         llm, slm (`str`): Names in `MODELS`; without an SLM, it is cut from the LLM, its top `slm_layers` layers.
-        fusion (`str`, *optional*): See [`LLM2SLMConfig`]; a cut has its own.
+        fusion (`str`, *optional*): See [`LLM2SLMConfig`].
         llm_dtype (`torch.dtype`): That of the LLM; one in float32 takes part in bfloat16 too.
         sweeps, exports (`bool`): Whether it takes part under other conditions than the base, and in other runtimes.
     """
@@ -98,7 +98,7 @@ PAIRS = {
     pair.name: pair
     for pair in (
         SpeedPair("t5-v1_1-large", "t5-v1_1-small", fusion="add", sweeps=True),
-        SpeedPair("SmolLM2-135M", None, slm_layers=4),
+        SpeedPair("SmolLM2-135M", None, slm_layers=4, fusion="replace"),
         SpeedPair("flan-t5-xl", "t5-v1_1-small", fusion="add", llm_dtype=torch.bfloat16, exports=False),
         SpeedPair("Qwen3-0.6B", "SmolLM2-135M", fusion="align"),
     )

@@ -93,7 +93,7 @@ def compose(pair: str) -> tuple[PreTrainedModel, LLM2SLMForConditionalGeneration
         slm = T5ForConditionalGeneration(T5Config(**T5_SMALL))
         return llm, LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm, fusion="add")
     llm = LlamaForCausalLM(smollm2_config())
-    return llm, LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm_layers=12)
+    return llm, LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm_layers=12, fusion="replace")
 
 
 def prepare(pair: str, folder: pathlib.Path) -> None:

@@ -171,7 +171,9 @@ def compose(
 ) -> LLM2SLMForConditionalGeneration:
     """The hybrid before training, with projector and SLM in float32, whatever the LLM is in. `prompts` are to fit it on."""
     slm = {"slm_layers": arguments.slm_layers} if arguments.slm is None else {"slm": arguments.slm}
-    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, **slm, processor=processor)
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+        llm, **slm, fusion=processor.fusion, processor=processor
+    )
     model.projector.float()
     model.slm.float()
     if arguments.slm is None and not llm.config.is_encoder_decoder:

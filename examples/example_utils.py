@@ -296,8 +296,7 @@ def load_processor(args: ModelArguments) -> LLM2SLMProcessor:
         return LLM2SLMProcessor.from_pretrained(args.model_name_or_path)
     if args.llm_name_or_path is None:
         raise ValueError("There is no LLM: give `--llm_name_or_path`.")
-    states_alone = args.slm_layers is not None or args.slm_encoder == "skip"
-    fusion = args.fusion or ("replace" if states_alone else None)
+    fusion = args.fusion or ("replace" if args.slm_encoder == "skip" else None)
     return LLM2SLMProcessor.from_llm_slm_pretrained(args.llm_name_or_path, args.slm_name_or_path, fusion=fusion)
 
 
@@ -320,12 +319,14 @@ def load_model(
         model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
             args.llm_name_or_path,
             args.slm_name_or_path,
-            fusion=processor.fusion,
+            # That of a cut hangs on its LLM; its prompts are as many tokens with each.
+            fusion=processor.fusion if args.slm_layers is None else args.fusion,
             processor=processor,
             slm_dtype=args.slm_dtype,
             **{name: value for name, value in options.items() if value is not None},
             **args.llm_options(),
         )
+        processor.fusion = model.config.fusion
         if args.fit_slm_embeddings:
             fit_slm_embeddings(model, processor, prompts)
     if args.freeze_slm_embeddings:

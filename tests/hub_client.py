@@ -45,7 +45,9 @@ def answers(model: Any, processor: LLM2SLMProcessor) -> dict[str, Any]:
 def push(name: str, models: list[str | None], pushing: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
     """Compose a model of two repositories, and push it and its processor with the arguments `pushing`."""
     torch.manual_seed(kwargs.pop("seed", 0))
-    options = {key: kwargs.pop(key) for key in ("slm_layers", "projector_init", "fit_prompts") if key in kwargs}
+    options = {
+        key: kwargs.pop(key) for key in ("slm_layers", "fusion", "projector_init", "fit_prompts") if key in kwargs
+    }
     model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(*models, **options, **kwargs)
     processor = LLM2SLMProcessor.from_llm_slm_pretrained(*models, fusion=model.config.fusion, **kwargs)
     model.push_to_hub(name, **pushing)

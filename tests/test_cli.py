@@ -208,12 +208,26 @@ def test_compose_is_what_python_composes(run, sources, tmp_path):
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("text", "layers", "llm_layer"), [("2", [1, 2], 1), ("0,2", [0, 2], -1), ("2,", [2], 2)])
-def test_compose_cuts_the_slm(run, sources, tmp_path, text, layers, llm_layer):
-    code, out, _ = run("compose", sources[0], tmp_path / "out", "--slm-layers", text)
+@pytest.mark.parametrize(
+    ("text", "layers", "fusion", "llm_layer"),
+    [
+        ("2", [1, 2], None, [1, 2]),
+        ("0,2", [0, 2], None, [0, 2]),
+        ("2,", [2], None, [2]),
+        ("2", [1, 2], "replace", 1),
+        ("0,2", [0, 2], "replace", -1),
+    ],
+)
+def test_compose_cuts_the_slm(run, sources, tmp_path, text, layers, fusion, llm_layer):
+    asked = [] if fusion is None else ["--fusion", fusion]
+    code, out, _ = run("compose", sources[0], tmp_path / "out", "--slm-layers", text, *asked)
     model, processor = loaded(tmp_path / "out")
     assert code == 0
-    assert (model.config.slm_layers, model.config.llm_layer, model.config.fusion) == (layers, llm_layer, "replace")
+    assert (model.config.slm_layers, model.config.llm_layer, model.config.fusion) == (
+        layers,
+        llm_layer,
+        fusion or "kv",
+    )
     assert model.slm.config.num_hidden_layers == len(layers)
     assert processor.shared_tokenizer
     assert f"cut from the LLM, layers {', '.join(map(str, layers))}" in out

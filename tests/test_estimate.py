@@ -68,6 +68,12 @@ def test_an_encoder_that_is_skipped_takes_no_time():
     assert found["slm"].first_token_seconds == 0.375
 
 
+def test_with_keys_and_values_the_slm_reads_no_prompt():
+    found = speeds(ENCODER_DECODERS, Workload(7, 9), fusion="kv")
+    assert found["hybrid"] == Speed(1.0, 0.25, 1.375, 0.125, 2.375, 9 / 2.375, 6 / 2.375)
+    assert found["slm"].first_token_seconds == 0.375
+
+
 def test_speed_of_decoders():
     found = speeds(DECODERS, Workload(7, 1))
     assert found == {
@@ -217,6 +223,16 @@ def test_precision():
 
 
 # All of it -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("fusion", ["kv", "replace"])
+def test_estimate_of_a_cut(fusion):
+    found = estimate(LLAMA(), slm_layers=2, **LENGTHS, fusion=None if fusion == "kv" else fusion, seconds=0.2)
+    assert (found.fusion, found.llm_layer) == (fusion, [1, 2] if fusion == "kv" else 1)
+    hybrid = found.speed["hybrid"]
+    # Of a prompt of keys and values the first token takes no more than others do.
+    first = hybrid.first_token_seconds - hybrid.encode_seconds - hybrid.project_seconds
+    assert (first == pytest.approx(hybrid.further_token_seconds)) == (fusion == "kv")
+
+
 @pytest.mark.parametrize(("llm", "slm"), [("t5", "t5"), ("llama", "gpt2"), ("t5gemma", "gemma3")])
 def test_estimate(llm, slm):
     found = estimate(
@@ -301,7 +317,7 @@ def test_command_tells_a_table(run, folders):
     assert rows["times the LLM"][0] == "1.00"
     text = " ".join(out.split())
     assert "The hybrid is faster for" in text
-    assert "The hybrid reads the LLM at layer 2 of 3. Its checkpoint takes" in text
+    assert "The hybrid takes keys and values of the LLM's layers 2 of 3. Its checkpoint takes" in text
     assert "LLM in float32, SLM in float32; measured in" in text
 
 

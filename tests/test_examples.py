@@ -193,7 +193,7 @@ def test_translation_of_nested_columns(run, file, chat_llm):
     assert {"predict_bleu", "predict_chrf"} < scored and not any("rouge" in name for name in scored)
     assert len((out / "generated_predictions.txt").read_text().splitlines()) == 3
     model = AutoModel.from_pretrained(out)
-    assert model.config.slm_layers == [1] and model.config.fusion == "replace"
+    assert model.config.slm_layers == [1] and model.config.fusion == AutoProcessor.from_pretrained(out).fusion == "kv"
     # Frozen, the LM head is still the LLM's; the embeddings were fitted before.
     llm = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(chat_llm, slm_layers=[1]).slm
     assert torch.equal(model.slm.get_output_embeddings().weight, llm.get_output_embeddings().weight)

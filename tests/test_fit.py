@@ -243,7 +243,7 @@ def test_errors(small_causal, zoo):
 def test_embeddings_of_a_cut_slm_start_in_the_space_of_its_layer(zoo, family, tmp_path):
     """A token's embedding becomes the mean of its states; the head keeps what it had; the checkpoint holds both."""
     llm = zoo.checkpoint(family, "bpe", "llm")
-    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm_layers=1)
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm_layers=1, fusion="replace")
     processor = LLM2SLMProcessor.from_llm_slm_pretrained(llm)
     head = model.get_output_embeddings().weight.clone()
     fit_slm_embeddings(model, processor, FIT_PROMPTS, prior=1e-6)

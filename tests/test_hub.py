@@ -263,7 +263,8 @@ def test_subfolders(hub, pushed, reader, writer, tmp_path):
     composed = writer("push", "trip/of-subfolders", ["trip/both", "trip/both"], {}, **places)
     assert composed["texts"] == pushed[TWO]["texts"] and composed["llm"][0] == "trip/both"
     assert reader("load", "trip/of-subfolders") == composed
-    cut = {"llm_subfolder": "large", "slm_layers": 1, "projector_init": "fit", "fit_prompts": ["Hello", "there"]}
+    cut = {"llm_subfolder": "large", "slm_layers": 1, "fusion": "replace"}
+    cut |= {"projector_init": "fit", "fit_prompts": ["Hello", "there"]}
     assert writer("push", "trip/of-layers", ["trip/both", None], {}, **cut) == reader("load", "trip/of-layers")
 
     hub.add_files("trip/nested", {f"a/b/{path}": content for path, content in files(hub, TWO).items()})

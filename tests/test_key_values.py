@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import PROMPTS, RESPONSES, Pair
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from transformers_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from transformers_llm2slm.fit import fit_projector, fit_slm_embeddings
@@ -158,7 +158,7 @@ def test_embeddings_of_a_cut_are_fitted_to_where_it_was_cut(zoo):
     """A token that the SLM writes enters where the LLM's lower layers would have brought it."""
     by_kv, processor = cut(zoo, "llama", 2)
     source = zoo.checkpoint("llama", "bpe", "llm")
-    by_state = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(source, slm_layers=2)
+    by_state = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(source, slm_layers=2, fusion="replace")
     for model in (by_kv, by_state):
         fit_slm_embeddings(model, processor, PROMPTS)
     first, second = (model.get_input_embeddings().weight for model in (by_kv, by_state))
@@ -184,6 +184,33 @@ def test_saved_and_loaded(zoo, tmp_path, layers):
 
 
 # What can't be -------------------------------------------------------------------------------------------------------
+def test_a_cut_gets_keys_and_values_by_default_where_the_llm_keeps_them(zoo):
+    compose = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained
+    config = compose(zoo.checkpoint("llama", "bpe", "llm"), slm_layers=[0, 2]).config
+    assert (config.fusion, config.llm_layer, config.projector_init) == ("kv", [0, 2], "identity")
+    # Keys and values of other widths than the configuration tells (multi-head latent attention).
+    latent = DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            first_k_dense_replace=3,
+            kv_lora_rank=8,
+            q_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=8,
+            v_head_dim=6,
+        )
+    )
+    config = compose(latent, slm_layers=2).config
+    assert (config.fusion, config.llm_layer) == ("replace", 1)
+    with pytest.raises(ValueError, match=r"keeps keys and values of widths \[4, 8\]"):
+        compose(latent, slm_layers=2, fusion="kv")
+
+
 @pytest.mark.parametrize(
     ("llm", "slm", "part"), [("t5", "llama", "LLM"), ("llama", "t5", "SLM"), ("bert", "llama", "LLM")]
 )

@@ -226,7 +226,7 @@ def test_quantised_llm_in_memory_and_quantised_repository(zoo, llms, tmp_path):
 def test_slm_cut_from_a_quantised_llm(llms, tmp_path):
     """The SLM is cut from the LLM as stored and stays in float32; a model that is quantised in memory can't be cut."""
     model = compose(llms["llama"], slm_layers=1, **arguments("nf4"))
-    assert precision_of(model.llm) == "nf4" and model.config.llm_layer == 1
+    assert precision_of(model.llm) == "nf4" and model.config.llm_layer == [1]
     stored = AutoModel.from_pretrained(llms["llama"]).layers[1].state_dict()
     for name, parameter in model.slm.model.layers[0].state_dict().items():
         assert parameter.dtype is torch.float32 and torch.equal(parameter, stored[name])

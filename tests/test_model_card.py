@@ -83,7 +83,7 @@ def test_base_model_of_a_local_copy(cut: LLM2SLMForConditionalGeneration, tmp_pa
     assert ModelCard.load(path).data.base_model == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
     card = path.read_text()
     link = "[HuggingFaceTB/SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)"
-    assert row(card, "LLM")[1] == f"{link} (`llama`), its hidden states 1"
+    assert row(card, "LLM")[1] == f"{link} (`llama`), keys and values of its layers 1, 2"
     assert row(card, "SLM")[1] == "cut from the LLM: its layers 1, 2, embeddings and head (`llama`)"
 
 

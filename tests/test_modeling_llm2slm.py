@@ -468,7 +468,7 @@ def test_cut_decoder_goes_on_where_the_llm_stops(zoo, tmp_path, family, layers):
     its keys and values; its first token is the LLM's own.
     """
     llm = zoo.checkpoint(family, "bpe", "llm")
-    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm_layers=layers)
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm_layers=layers, fusion="replace")
     processor = LLM2SLMProcessor.from_llm_slm_pretrained(llm)
     config = model.config
     assert (config.fusion, config.projector_init, config.llm_layer) == ("replace", "identity", 3 - layers)

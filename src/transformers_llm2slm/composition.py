@@ -30,7 +30,7 @@ from .loading import (
     slm_auto_class,
     take_prefixed,
 )
-from .probes import check_can_read, check_can_write, check_keeps_key_values
+from .probes import check_can_read, check_can_write, check_keeps_key_values, keeps_key_values
 from .reference import pin_revision, reference_to
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def compose(
     elif fields.get("slm_encoder", "keep") == "keep":
         check_can_write(slm_model)
     if fusion == "kv":
-        fields = defaults_of_key_values(llm_model, slm_model, fields)
+        fields = defaults_of_key_values(llm_model.config, slm_model.config, fields)
     tokenizers = (llm_source, slm_source, llm_kwargs, slm_kwargs)
     if slm_layers is not None:  # what is cut from the LLM has its tokenizer
         tokenizers = (llm_source, llm_source, llm_kwargs, llm_kwargs)
@@ -104,7 +104,8 @@ def compose(
     projector_init = projector_init or "random"
     if fusion == "kv" and projector_init not in ("random", "identity"):
         raise ValueError(
-            f'`fusion="kv"` takes `projector_init="identity"` (equal heads) or `"random"`, got {projector_init!r}.'
+            f'`fusion="kv"` takes `projector_init="identity"` (equal heads) or `"random"`, got {projector_init!r}. Others '
+            'are for hidden states: set `fusion="replace"`.'
         )
     if projector_init == "zero" and fusion not in ("add", "align"):
         raise ValueError(
@@ -214,23 +215,24 @@ def defaults_of_cut(
     llm: PreTrainedModel, fields: dict[str, Any], fusion: str | None, projector_init: str | None
 ) -> tuple[dict[str, Any], str | None, str | None]:
     """
-    Defaults for an SLM cut from the LLM. For the top k of L layers of a decoder-only LLM they make the SLM's keys and
-    values over the prompt exactly those of the LLM before any training: it starts where layer L-k ends.
+    Defaults for an SLM cut from the LLM. Of a decoder-only LLM they make its keys and values over the prompt exactly those of the
+    LLM before any training: it is given them or, where the LLM keeps others or none, starts where the layer below it ends.
     """
     layers = fields["slm_layers"]
     if llm.config.is_encoder_decoder:
         fields.setdefault("slm_encoder", "skip")
     else:
+        fusion = fusion or ("kv" if keeps_key_values(llm) else "replace")
         total = encoder_text_config(llm.config).num_hidden_layers
         if fusion != "kv" and layers == list(range(total - len(layers), total)):
             fields.setdefault("llm_layer", total - len(layers))
     return fields, fusion or "replace", projector_init or "identity"
 
 
-def defaults_of_key_values(llm: PreTrainedModel, slm: PreTrainedModel, fields: dict[str, Any]) -> dict[str, Any]:
+def defaults_of_key_values(llm: PreTrainedConfig, slm: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
     """Defaults for `fusion="kv"`: each layer of a cut SLM gets what it had in the LLM, one of another SLM what is as high up."""
     fields.setdefault("projector_num_layers", 1)
-    layers, total = (decoder_text_config(part.config).num_hidden_layers for part in (slm, llm))
+    layers, total = (decoder_text_config(part).num_hidden_layers for part in (slm, llm))
     if "llm_layer" not in fields:
         fields["llm_layer"] = fields.get("slm_layers") or [
             round(index * (total - 1) / max(layers - 1, 1)) for index in range(layers)

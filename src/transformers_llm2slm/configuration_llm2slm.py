@@ -206,12 +206,13 @@ class LLM2SLMConfig(IncludesCode, PreTrainedConfig):
         if len(self.llm_layers) != layers or not all(0 <= layer < total for layer in self.llm_layers):
             raise ValueError(
                 f"`fusion=\"kv\"` needs one of the LLM's {total} layers in `llm_layer` for each of the SLM's {layers}, got "
-                f"{self.llm_layer}."
+                f'{self.llm_layer}. For hidden states of a layer set `fusion="replace"`.'
             )
         if self.projector_num_layers != 1 or self.projector_norm != "none":
             raise ValueError(
                 '`fusion="kv"` maps keys and values by one linear layer each: set `projector_num_layers=1` and '
-                f'`projector_norm="none"`, got {self.projector_num_layers} and {self.projector_norm!r}.'
+                f'`projector_norm="none"`, got {self.projector_num_layers} and {self.projector_norm!r}. '
+                'Another projector is for hidden states: set `fusion="replace"`.'
             )
 
     @classmethod

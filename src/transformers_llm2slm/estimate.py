@@ -17,8 +17,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from .checkpoint import checkpoint_state_dict
-from .composition import defaults_of_cut
+from .composition import defaults_of_cut, defaults_of_key_values
 from .configuration_llm2slm import LLM2SLMConfig, decoder_text_config, encoder_text_config
+from .key_values import KeyValueProjector
 from .loading import cut_config, llm_position_limit, llm_skeleton
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .projector import LLM2SLMProjector
@@ -93,8 +94,8 @@ class Estimate:
     Args:
         workload ([`Workload`]): The lengths, batch size and beams it is for.
         llm_dtype, slm_dtype (`str`): Precisions; the projector is in that of the SLM.
-        llm_layer (`int` or `list[int]`), llm_num_layers (`int`), slm_encoder (`str`), slm_layers (`list[int]`, *optional*):
-            How the hybrid is composed.
+        llm_layer (`int` or `list[int]`), llm_num_layers (`int`), slm_encoder (`str`), slm_layers (`list[int]`, *optional*),
+            fusion (`str`): How the hybrid is composed.
         speed (`dict[str, Speed]`): Of `"llm"` and `"slm"`, each alone, and of the `"hybrid"`.
         break_even ([`BreakEven`]): Of the hybrid against the LLM.
         memory (`dict[str, Memory]`): Of the same three.
@@ -110,6 +111,7 @@ class Estimate:
     llm_num_layers: int | None
     slm_encoder: str
     slm_layers: list[int] | None
+    fusion: str
     speed: dict[str, Speed]
     break_even: BreakEven
     memory: dict[str, Memory]
@@ -129,6 +131,7 @@ def estimate(
     slm_layers: int | Sequence[int] | None = None,
     llm_layer: int | list[int] | None = None,
     slm_encoder: str | None = None,
+    fusion: str | None = None,
     llm_dtype: str | torch.dtype | None = None,
     slm_dtype: str | torch.dtype | None = None,
     seconds: float = 10.0,
@@ -144,7 +147,8 @@ def estimate(
         slm_config (`PreTrainedConfig`, *optional*): Of the SLM; or `None` with `slm_layers`.
         prompt_length, output_length (`int`): Tokens of each prompt and each response.
         batch_size (`int`, defaults to 1), num_beams (`int`, defaults to 1): Prompts at a time, and beams of each.
-        slm_layers, llm_layer, slm_encoder (*optional*): As composing takes them, with the same defaults.
+        slm_layers, llm_layer, slm_encoder, fusion (*optional*): As composing takes them, with the same defaults but for the fusion
+            of two models whose tokenizers are not known here: it is `"add"`, which takes as long as `"align"`.
         llm_dtype, slm_dtype (`str` or `torch.dtype`, *optional*): Precisions; else as the configurations say, or float32.
         seconds (`float`, defaults to 10): How long to measure, about.
 
@@ -156,13 +160,13 @@ def estimate(
             SLM's, are quantised, or can't be joined.
     """
     workload = Workload(prompt_length, output_length, batch_size, num_beams)
-    config = hybrid_config(llm_config, slm_config, slm_layers, llm_layer, slm_encoder)
+    config = hybrid_config(llm_config, slm_config, slm_layers, llm_layer, slm_encoder, fusion)
     check_lengths(config, workload)
     dtypes = dtype_of(config.llm_config, llm_dtype), dtype_of(config.slm_config, slm_dtype)
     start = time.perf_counter()
     times = measure_times(config, workload, *dtypes, seconds)
     measuring_seconds = time.perf_counter() - start
-    speed = speeds(times, workload, config.slm_encoder)
+    speed = speeds(times, workload, config.slm_encoder, config.fusion)
     memory, checkpoint_bytes = memories(config, times, *dtypes)
     return Estimate(
         workload=workload,
@@ -172,6 +176,7 @@ def estimate(
         llm_num_layers=config.num_llm_layers,
         slm_encoder=config.slm_encoder,
         slm_layers=config.slm_layers,
+        fusion=config.fusion,
         speed=speed,
         break_even=break_even(speed["llm"], speed["hybrid"]),
         memory=memory,
@@ -188,10 +193,11 @@ def hybrid_config(
     slm_layers: int | Sequence[int] | None = None,
     llm_layer: int | list[int] | None = None,
     slm_encoder: str | None = None,
+    fusion: str | None = None,
 ) -> LLM2SLMConfig:
     """
-    The configuration that composing would give these two. Without tokenizers the fusion can't be told, nor does it matter
-    here: it is `"add"`, or `"replace"` where that is the default.
+    The configuration that composing would give these two. Without tokenizers the fusion of two models can't be told: it is `"add"`,
+    or what is the default without.
 
     Raises:
         ValueError: for models that can't be the LLM or the SLM, are quantised, or can't be joined so.
@@ -207,12 +213,13 @@ def hybrid_config(
     llm_config = copy.deepcopy(llm_config)
     given = {"llm_layer": llm_layer, "slm_encoder": slm_encoder}
     fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    fusion = None
     llm = skeleton(llm_config, THE_LLM)
     if slm_layers is not None:
         slm_config, layers = cut_config(llm, slm_layers)
-        fields, fusion, _ = defaults_of_cut(llm, fields | {"slm_layers": layers}, None, None)
+        fields, fusion, _ = defaults_of_cut(llm, fields | {"slm_layers": layers}, fusion, None)
     skeleton(slm_config, THE_SLM)  # which says what is wrong with it, if anything
+    if fusion == "kv":
+        fields = defaults_of_key_values(llm_config, slm_config, fields)
     fusion = fusion or ("replace" if fields.get("slm_encoder") == "skip" else "add")
     return LLM2SLMConfig(llm_config=llm_config, slm_config=copy.deepcopy(slm_config), fusion=fusion, **fields)
 
@@ -298,7 +305,10 @@ def measure_times(
         for name, writer in writers.items()
     }
     return Times(
-        read=reading.seconds(max(layer % (num_layers + 1) for layer in config.llm_layers)),
+        # For keys and values all layers are run.
+        read=reading.seconds(
+            num_layers if config.fusion == "kv" else max(layer % (num_layers + 1) for layer in config.llm_layers)
+        ),
         project=projecting_seconds(config, slm, llm_dtype, slm_dtype),
         **written,
     )
@@ -307,19 +317,24 @@ def measure_times(
 @torch.no_grad()
 def projecting_seconds(config: LLM2SLMConfig, slm: Writer, llm_dtype: torch.dtype, slm_dtype: torch.dtype) -> float:
     """Seconds from the LLM's states to the fused prompts."""
-    projector = LLM2SLMProjector(config).to(slm_dtype)
     shape = slm.workload.batch_size, slm.workload.prompt_length
     states = torch.randn(*shape, config.num_llm_states, config.llm_state_size).to(llm_dtype)
+    if config.fusion == "kv":
+        maps = KeyValueProjector(config).to(slm_dtype)
+        return seconds_of(lambda: maps(states), repeats=3)
+    projector = LLM2SLMProjector(config).to(slm_dtype)
     input_ids = slm.tokens(*shape)
     mask = torch.ones_like(input_ids)
     return seconds_of(lambda: fuse(config.fusion, slm.model, projector(states), mask, input_ids), repeats=3)
 
 
 # What follows from it ------------------------------------------------------------------------------------------------
-def speeds(times: Times, workload: Workload, slm_encoder: str = "keep") -> dict[str, Speed]:
+def speeds(times: Times, workload: Workload, slm_encoder: str = "keep", fusion: str = "add") -> dict[str, Speed]:
     """The speed of `"llm"` and `"slm"`, each alone, and of the `"hybrid"`."""
     llm, slm = times.llm, times.slm
     written = slm.first if slm_encoder == "skip" else slm.encode + slm.first
+    if fusion == "kv":  # the first token is one like the others: the SLM reads none but the last of the prompt
+        written = slm.further
     # Of each, reading, projecting, the first token with both, and each further token.
     rows = {
         "llm": (llm.encode or llm.first, 0.0, llm.encode + llm.first, llm.further),

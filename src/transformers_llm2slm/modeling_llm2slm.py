@@ -341,10 +341,12 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMGenerationMixin, LLM2SLM
             llm (`str`, `os.PathLike` or `PreTrainedModel`): Hub id or local folder of the LLM, or the model itself.
             slm (`str`, `os.PathLike` or `PreTrainedModel`, *optional*): The same for the SLM; or `None` with `slm_layers`.
             slm_layers (`int` or `list[int]`, *optional*): Cut the SLM from the LLM instead: these decoder layers, its
-                embeddings and head. For a decoder-only LLM of L layers, the number k stands for the top k layers and
-                sets `llm_layer=L-k`, `fusion="replace"` and `projector_init="identity"`, unless given.
+                embeddings and head. Of a decoder-only LLM the number k stands for the top k layers. `projector_init` is then
+                `"identity"` by default.
             fusion (`str`, *optional*): `"add"`, `"replace"`, `"llm-embed"`, `"align"` or `"kv"`, see [`LLM2SLMConfig`]. By
-                default `"add"` where the tokenizers are equal and `"align"` where not.
+                default `"add"` where the tokenizers are equal and `"align"` where not. For an SLM cut from a decoder-only LLM it
+                is `"kv"`, or `"replace"` if the LLM keeps no keys and values that can be handed over; for one cut from an
+                encoder-decoder LLM `"replace"`. With `"replace"` the top k of L layers get `llm_layer=L-k`.
             llm_layer, slm_encoder, projector_hidden_size, projector_num_layers, projector_activation, projector_norm
                 (*optional*): See [`LLM2SLMConfig`].
             load_llm (`True` or `"whole"`, defaults to `True`): `"whole"` keeps all of the LLM, for lossless generation.

@@ -106,6 +106,15 @@ def check_keeps_key_values(model: PreTrainedModel, config: Any, part: str) -> No
         )
 
 
+def keeps_key_values(model: PreTrainedModel) -> bool:
+    """Whether [`check_keeps_key_values`] has nothing to say."""
+    try:
+        check_keeps_key_values(model, model.config, "LLM")
+    except ValueError:
+        return False
+    return True
+
+
 @torch.no_grad()
 def check_can_write(slm: PreTrainedModel) -> None:
     """

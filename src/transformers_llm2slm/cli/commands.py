@@ -23,6 +23,7 @@ from .shared import (
     CacheDir,
     Device,
     Dtype,
+    Fusion,
     LLMDtype,
     LLMLayer,
     LLMNameOrPath,
@@ -79,13 +80,7 @@ def compose(
         str | None,
         Option(metavar="N|LIST", help="Cut the SLM from the LLM: so many of its layers, or these, as in 0,5,11."),
     ] = None,
-    fusion: Annotated[
-        str | None,
-        Option(
-            metavar="NAME",
-            help="add, align, replace, llm-embed or kv; else add if the tokenizers are equal, or align.",
-        ),
-    ] = None,
+    fusion: Fusion = None,
     llm_layer: LLMLayer = None,
     slm_encoder: SLMEncoder = None,
     projector_init: Annotated[

@@ -15,6 +15,7 @@ from typer import Option
 from .arguments import integers
 from .shared import (
     CacheDir,
+    Fusion,
     LLMLayer,
     LLMRevision,
     LocalFilesOnly,
@@ -46,6 +47,7 @@ def estimate(
     ] = None,
     llm_layer: LLMLayer = None,
     slm_encoder: SLMEncoder = None,
+    fusion: Fusion = None,
     llm_dtype: Annotated[
         str | None, Option(metavar="TYPE", help="float32, bfloat16 or float16; else as its configuration says.")
     ] = None,
@@ -82,6 +84,7 @@ def estimate(
         slm_layers=integers("slm-layers", slm_layers),
         llm_layer=integers("llm-layer", llm_layer),
         slm_encoder=slm_encoder,
+        fusion=fusion,
         llm_dtype=dtype_name("llm-dtype", llm_dtype),
         slm_dtype=dtype_name("slm-dtype", slm_dtype),
         seconds=seconds,
@@ -127,11 +130,12 @@ def show_estimate(found: Estimate, console: Console) -> None:
         table.add_row(row, *(format_bytes(getattr(one, field)) for one in memory))
     console.print(table)
     total, layers = found.llm_num_layers, found.llm_layer if isinstance(found.llm_layer, list) else [found.llm_layer]
+    read = "takes keys and values of the LLM's layers" if found.fusion == "kv" else "reads the LLM at layer"
     if total is not None:
         layers = [layer % (total + 1) for layer in layers]
     console.print(
-        f"{break_even_text(found)}\nThe hybrid reads the LLM at layer {', '.join(map(str, layers))} of {total}. Its "
-        f"checkpoint takes {format_bytes(found.checkpoint_bytes)} on disk.\nLLM in {found.llm_dtype}, SLM in "
+        f"{break_even_text(found)}\nThe hybrid {read} {', '.join(map(str, layers))} of {total}. "
+        f"Its checkpoint takes {format_bytes(found.checkpoint_bytes)} on disk.\nLLM in {found.llm_dtype}, SLM in "
         f"{found.slm_dtype}; measured in {found.measuring_seconds:.1f} s with {found.threads} thread(s).",
         highlight=False,
     )

@@ -34,6 +34,14 @@ LLMLayer = Annotated[
 SLMEncoder = Annotated[
     str | None, Option(metavar="keep|skip", help="Whether an encoder-decoder SLM keeps its encoder.")
 ]
+Fusion = Annotated[
+    str | None,
+    Option(
+        metavar="NAME",
+        help="add, align, replace, llm-embed or kv; else kv for an SLM cut from a decoder-only LLM, and for two models add if "
+        "the tokenizers are equal, or align.",
+    ),
+]
 LLMRevision = Annotated[
     str | None, Option(metavar="NAME", rich_help_panel=LOADING, help="Branch, tag or commit of the LLM.")
 ]
