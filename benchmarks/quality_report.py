@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,22 +34,18 @@ def references_of(cell: Cell) -> list[str]:
     return [" ".join(row["completion"].split()) for row in read_rows(cell.task, cell.split)]
 
 
-def figures_of(rows: Sequence[Row], folder: pathlib.Path, with_intervals: bool) -> dict[str, dict[str, Any]]:
-    """
-    For each row that has results: mean `scores` over its seeds, their `spread`, `seeds`, `loss` and `parameters`. With intervals,
-    also those of the task's score and, of a hybrid, of its difference to the SLM alone that it is compared with; and the
-    share of the gap from there to the fine-tuned LLM that is closed.
-    """
-    found = {row: results for row in rows if (results := results_of(row, folder))}
+def figures_of(rows: Sequence[Row], folder: pathlib.Path) -> tuple[dict[str, dict[str, Any]], dict[str, RowScores]]:
+    """For each row that has results: mean `scores` over its seeds, their `spread`, `seeds`, `loss` and `parameters`; and what
+    intervals are made of."""
     figures: dict[str, dict[str, Any]] = {}
     scores: dict[str, RowScores] = {}
-    for row, results in found.items():
+    for row in rows:
+        if not (results := results_of(row, folder)):
+            continue
         cell = row.cells[0]
-        judged = TASKS[cell.task].score
-        references = references_of(cell)
-        own = scores[row.name] = RowScores([result["answers"] for result in results], references)
+        own = scores[row.name] = RowScores([result["answers"] for result in results], references_of(cell))
         losses = [result["metrics"]["loss"] for result in results if "loss" in result["metrics"]]
-        single = [result["metrics"][judged] for result in results]
+        single = [result["metrics"][TASKS[cell.task].score] for result in results]
         figures[row.name] = {
             "seeds": len(results),
             "parameters": results[0]["parameters"],
@@ -57,19 +53,47 @@ def figures_of(rows: Sequence[Row], folder: pathlib.Path, with_intervals: bool) 
             "spread": [round(min(single), 2), round(max(single), 2)],
             "loss": round(float(np.mean(losses)), 3) if losses else None,
         }
-    if not with_intervals or not found:
+    return figures, scores
+
+
+def difference(own: RowScores, other: RowScores, judged: str) -> Callable[[np.ndarray], float]:
+    """Of two rows' scores, on drawn test rows."""
+    return lambda chosen: own.on(judged, chosen) - other.on(judged, chosen)
+
+
+def ablation_figures(rows: Sequence[Row], folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """[`figures_of`] rows, and each one's `change` from the first, with its interval."""
+    figures, scores = figures_of(rows, folder)
+    cell = rows[0].cells[0]
+    judged, count = TASKS[cell.task].score, len(references_of(cell))
+    if rows[0].name not in figures:
+        return {}
+    for name, entry in figures.items():
+        if name != rows[0].name:
+            change = difference(scores[name], scores[rows[0].name], judged)
+            entry["change"] = round(change(np.arange(count)), 2)
+            entry["change, interval"] = rounded(interval(change, count))
+    return figures
+
+
+def main_figures(rows: Sequence[Row], folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """
+    [`figures_of`] rows, with the interval of the task's score and, of a hybrid, its difference to the SLM alone that it is
+    compared with, and the share of the gap from there to the fine-tuned LLM that is closed.
+    """
+    figures, scores = figures_of(rows, folder)
+    if not figures:
         return figures
     judged, count = TASKS[rows[0].cells[0].task].score, len(references_of(rows[0].cells[0]))
     tuned = scores.get(TUNED)
-    for row in found:
+    for row in rows:
+        if row.name not in figures:
+            continue
         own, alone, entry = scores[row.name], scores.get(row.beside), figures[row.name]
         entry["interval"] = rounded(interval(lambda chosen, own=own: own.on(judged, chosen), count))
         if row.cells[0].contestant != HYBRID or alone is None:
             continue
-
-        def above(chosen: np.ndarray, own: RowScores = own, alone: RowScores = alone) -> float:
-            return own.on(judged, chosen) - alone.on(judged, chosen)
-
+        above = difference(own, alone, judged)
         everything = np.arange(count)
         entry["beside"] = row.beside
         entry["above the SLM alone"] = round(above(everything), 2)
@@ -137,14 +161,16 @@ def verdicts(task: str, figures: dict[str, dict[str, Any]], speed: dict[str, Any
     return "\n".join(lines)
 
 
-def ablation_table(task: str, figures: dict[str, dict[str, Any]]) -> str:
+def ablation_table(task: str, factors: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """What each factor changes, in Markdown."""
     judged = TASKS[task].score
-    best = next(iter(figures.values()))["scores"][judged] if figures else 0.0
-    lines = [
-        [name, f"{row['scores'][judged]:.1f}", f"{row['scores'][judged] - best:+.1f}", f"{row['loss']:.3f}"]
-        for name, row in figures.items()
-    ]
-    return table(["setting", TITLES[judged], "change", "loss per token"], lines)
+    lines = []
+    for factor, rows in factors.items():
+        for index, (name, row) in enumerate(rows.items()):
+            change = f"{row['change']:+.1f} ({shown(row['change, interval'])})" if "change" in row else ""
+            own = [f"{row['scores'][judged]:.1f}", change, f"{row['loss']:.2f}"]
+            lines.append(["" if index else f"**{factor}**", name, *own])
+    return table(["", "setting", TITLES[judged], "change, 95 %", "loss per token"], lines)
 
 
 def shown(values: Sequence[float] | None, middle: float | None = None, form: str = "{:.1f}") -> str:
@@ -269,17 +295,16 @@ def write(folder: pathlib.Path) -> dict[str, Any]:
     figures: dict[str, Any] = {"main": {}, "ablations": {}}
     parts = ["# Quality: tables, curves and answers", "", "Made by `python benchmarks/quality.py --report`."]
     for task in TASKS:
-        figures["main"][task] = figures_of(MAIN[task], folder, with_intervals=True)
+        figures["main"][task] = main_figures(MAIN[task], folder)
         if not figures["main"][task]:
             continue
         parts += ["", f"## {task}, {len(references_of(MAIN[task][0].cells[0]))} test rows", ""]
         parts += [main_table(task, figures["main"][task], speed), "", verdicts(task, figures["main"][task], speed)]
-        figures["ablations"][task] = {}
-        for factor, rows in ABLATIONS[task].items():
-            if len(found := figures_of(rows, folder, with_intervals=False)) > 1:
-                figures["ablations"][task][factor] = found
-                parts += ["", f"### {factor}, {len(references_of(rows[0].cells[0]))} validation rows", ""]
-                parts.append(ablation_table(task, found))
+        ablations = {factor: ablation_figures(rows, folder) for factor, rows in ABLATIONS[task].items()}
+        figures["ablations"][task] = {factor: found for factor, found in ablations.items() if len(found) > 1}
+        if figures["ablations"][task]:
+            parts += ["", "### One factor at a time, on validation rows", ""]
+            parts.append(ablation_table(task, figures["ablations"][task]))
         parts += [
             "",
             f"### Answers to the first {SHOWN} test rows, by the first seed",

@@ -29,11 +29,13 @@ class Row:
         name: What it is called.
         cells: One for each seed.
         beside: Of a hybrid: the row of the SLM alone that it is compared with, as large and trained on as many rows.
+        in_summary: Whether it stands in the README too.
     """
 
     name: str
     cells: tuple[Cell, ...]
     beside: str = SLM
+    in_summary: bool = True
 
 
 def seeds(cell: Cell) -> tuple[Cell, ...]:
@@ -65,13 +67,19 @@ def teacher_cell(task: str) -> Cell:
 SHORTLISTS = {"answers": "answers", "prompts": "prompts and answers"}
 
 
-def compared(task: str, suffix: str = "", shortlists: bool = False, **changes: Any) -> list[Row]:
+def compared(
+    task: str, suffix: str = "", shortlists: bool = False, in_summary: bool = True, **changes: Any
+) -> list[Row]:
     """The SLM alone and the hybrid with some settings; the hybrid with shortlists, too."""
-    alone, name = f"{SLM}{suffix}", f'{HYBRID}, fusion="kv"{suffix}'
+    alone, name = f"{SLM}{suffix}", f"{HYBRID}{suffix}"
     by_kv = hybrid_kv(task).with_changes(**changes)
-    rows = [Row(alone, seeds(slm_alone(task).with_changes(**changes))), Row(name, seeds(by_kv), beside=alone)]
+    rows = [
+        Row(alone, seeds(slm_alone(task).with_changes(**changes)), in_summary=in_summary),
+        Row(name, seeds(by_kv), alone, in_summary),
+    ]
     for kind, texts in SHORTLISTS.items() if shortlists else ():
-        rows.append(Row(f"{name}, shortlist of {texts}", seeds(by_kv.with_changes(shortlist=kind)), beside=alone))
+        cells = seeds(by_kv.with_changes(shortlist=kind))
+        rows.append(Row(f"{name}, shortlist of {texts}", cells, alone, in_summary and by_kv.tuned_llm))
     return rows
 
 
@@ -80,9 +88,9 @@ def main_rows(task: str) -> list[Row]:
         Row(ZERO_SHOT, (Cell(task, ZERO_SHOT),)),
         Row(TUNED, (teacher_cell(task),)),
         *compared(task, shortlists=True),
-        Row(HYBRID, seeds(hybrid(task))),
-        *compared(task, f", {FEW} layers", slm_layers=influential(FEW)),
-        *compared(task, f", {MORE['rows']:,} rows", **MORE),
+        Row(f'{HYBRID}, fusion="replace"', seeds(hybrid(task)), in_summary=False),
+        *compared(task, f", {FEW} layers", in_summary=False, slm_layers=influential(FEW)),
+        *compared(task, f", {MORE['rows']:,} rows", in_summary=False, **MORE),
         *compared(task, ", tuned LLM", shortlists=True, tuned_llm=True),
     ]
 
@@ -99,6 +107,7 @@ def factors(task: str) -> dict[str, list[Row]]:
     ablated = {"tuned_llm": True, "split": "validation"}
     half = ablated | {"steps": STEPS // 2}
     best, alone, embedded = (cell.with_changes(**half) for cell in (hybrid_kv(task), slm_alone(task), hybrid(task)))
+    published = hybrid_kv(task).with_changes(split="validation")
     states = embedded.with_changes(steps=STEPS // 4)
     new = Cell(task, HYBRID, slm_shape="t5-256x4", steps=STEPS).with_changes(**ablated)
     new_alone = Cell(task, SLM, slm_shape="t5-256x4", steps=STEPS, split="validation")
@@ -141,6 +150,11 @@ def factors(task: str) -> dict[str, list[Row]]:
             row("SLM 1e-3, projector 1e-2", best, projector_learning_rate=1e-2),
         ],
         "Rows, each of them once": [*each_once("hybrid", best), *each_once("SLM alone", alone)],
+        "With the LLM as published": [
+            row(f"{STEPS} steps", published),
+            row(f"{4 * STEPS:,} steps over the same rows", published, steps=4 * STEPS),
+            row("learning rate 3e-4", published, learning_rate=3e-4),
+        ],
         "Length of the prompt": [
             row("all", best),
             *(row(f"{length} tokens", best, max_prompt_length=length) for length in (10, 20, 40)),

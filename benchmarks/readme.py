@@ -13,14 +13,16 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from quality_report import main_table, table, verdicts
+from quality_report import ablation_table, main_table, table, verdicts
+from quality_tables import MAIN
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+QUALITY_TASKS = {"synopsis": "A package's description to its one-line synopsis", "ddtp-de": "English to German"}
 T5 = "t5-v1_1-large -> t5-v1_1-small"
 
 
@@ -257,14 +259,28 @@ def serving() -> str:
     return table(["tokens/s, and times the LLM", *names], rows)
 
 
-def quality() -> str:
-    """The main tables of `quality.py`."""
+def quality_summary() -> str:
+    """Of the main tables of `quality.py`, the rows that a user should know."""
+    return quality({row.name for rows in MAIN.values() for row in rows if row.in_summary})
+
+
+def quality(names: Collection[str] | None = None) -> str:
+    """The main tables of `quality.py`, or some of their rows."""
     figures, speeds = read("quality/tables.json")["main"], read("quality/speed.json")["figures"]
-    titles = {"synopsis": "A package's description to its one-line synopsis", "ddtp-de": "English to German"}
+    if names is not None:
+        figures = {task: {name: rows[name] for name in rows if name in names} for task, rows in figures.items()}
     return "\n\n".join(
         f"{title}:\n\n{main_table(task, figures[task], speeds)}\n\n{verdicts(task, figures[task], speeds)}".rstrip()
-        for task, title in titles.items()
+        for task, title in QUALITY_TASKS.items()
         if figures[task]
+    )
+
+
+def ablations() -> str:
+    """What one factor at a time changes."""
+    figures = read("quality/tables.json")["ablations"]
+    return "\n\n".join(
+        f"{QUALITY_TASKS[task]}:\n\n{ablation_table(task, own)}" for task, own in figures.items() if own
     )
 
 
@@ -278,6 +294,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "estimates": estimates,
     "serving": serving,
     "quality": quality,
+    "quality-summary": quality_summary,
+    "ablations": ablations,
 }
 
 

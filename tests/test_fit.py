@@ -265,3 +265,20 @@ def test_embeddings_of_a_cut_slm_start_in_the_space_of_its_layer(zoo, family, tm
     assert torch.equal(loaded.get_output_embeddings().weight, head)
     with pytest.raises(ValueError, match="compose the model with `slm_layers="):
         fit_slm_embeddings(*zoo.compose(Pair("llama", "t5", "replace")), FIT_PROMPTS)
+
+
+def test_fitted_embeddings_hang_on_no_projector(zoo):
+    """A projector that starts as zero, or anyhow, changes nothing of where the SLM's layer expects its tokens."""
+    llm = zoo.checkpoint("llama", "bpe", "llm")
+    processor = LLM2SLMProcessor.from_llm_slm_pretrained(llm)
+    options = [("replace", "identity"), ("replace", "random"), ("add", "zero"), ("kv", "identity")]
+    found = []
+    for fusion, start in options:
+        model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+            llm, slm_layers=1, fusion=fusion, projector_init=start
+        )
+        fit_slm_embeddings(model, processor, FIT_PROMPTS)
+        found.append(model.get_input_embeddings().weight)
+    assert found[0].abs().max() > 0
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)

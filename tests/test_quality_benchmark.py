@@ -131,3 +131,11 @@ def test_verdict_says_what_is_sure_and_what_was_missed():
     assert "surely below `SLM alone, 4 layers`" in verdicts("synopsis", {"LLM-to-SLM": below}, speed)
     assert "missed." in verdicts("synopsis", {"LLM-to-SLM": row | {"above the SLM alone, interval": [0.1, 1]}}, speed)
     assert verdicts("synopsis", {"LLM-to-SLM": row}, {}) == ""
+
+
+def test_every_stored_result_stands_in_a_table():
+    from quality import file_of
+    from quality_tables import TABLES, TASKS, cells_of
+
+    stored = set((BENCHMARKS / "results" / "quality").glob("*/*.json"))
+    assert stored <= {file_of(cell) for cell in cells_of(TABLES, tuple(TASKS))}

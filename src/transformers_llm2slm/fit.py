@@ -101,13 +101,12 @@ def fit_slm_embeddings(
     """
     Start the input embeddings of an SLM cut from the LLM's upper layers where those layers expect them.
 
-    Over the prompt such an SLM gets the LLM's states at the layer where it was cut. The tokens that it writes come as
-    bare embeddings, which are many times shorter and point elsewhere. So each token gets the mean of its states in some
-    prompts, drawn (with the weight of `prior` tokens) to a ridge regression of these means on the embeddings, which also
+    The lowest of them got the LLM's states there. The tokens that the SLM writes come as bare embeddings, which are many times
+    shorter and point elsewhere. So each token gets the mean of its states in some prompts, drawn (with the weight of `prior` tokens) to a ridge regression of these means on the embeddings, which also
     serves the tokens of no prompt. The LM head keeps the embeddings as they were: the two are no longer tied.
 
     Args:
-        model: A model with its LLM, and an SLM cut from it (`slm_layers=`) whose projector starts as the identity.
+        model: A model with its LLM, and an SLM cut from it (`slm_layers=`), whatever its fusion and its projector.
         processor: Its processor.
         prompts (`Sequence[str]`): A few hundred prompts like those of the task.
         prior (`float`, defaults to 10): Weight of the regression against a token's own mean, in tokens.
@@ -145,9 +144,7 @@ def fit_slm_embeddings(
 
 
 def _states_at_cut(model: LLM2SLMForConditionalGeneration, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What the SLM's first layer gets of a prompt; with `fusion="kv"`, where it reads none, what that layer got in the LLM."""
-    if model.config.fusion != "kv":
-        return model.projector(model.model.llm_states(ids, mask).to(model.device))
+    """What the SLM's first layer got of a prompt in the LLM."""
     lowest = model.config.slm_layers[0]  # type: ignore[index]  # there are some, or it is no cut
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "return_dict": True}
     llm: nn.Module = model.llm  # type: ignore[assignment]  # there is one, or `fit_slm_embeddings` raised
