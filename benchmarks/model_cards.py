@@ -17,7 +17,7 @@ import datasets
 from quality_cells import HYBRID, TASKS
 from quality_models import PROJECT, contestant_for, rows_for
 from quality_report import COLUMNS, TITLES, results_of, shown
-from quality_tables import FEW, MAIN, MORE, SHORTLISTS, Row, influential
+from quality_tables import LAYERS, MAIN, MORE, SHORTLISTS, Row
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -70,9 +70,11 @@ def quality_cards() -> Iterator[tuple[pathlib.Path, Row]]:
             if cell.contestant == HYBRID and results_of(row, RESULTS / "quality"):
                 shortlist = f"-shortlist-{cell.shortlist}" if cell.shortlist else ""
                 tuned = "-tuned-llm" if cell.tuned_llm else ""
-                layers = f"-{FEW}-layers" if cell.slm_layers == influential(FEW) else ""
+                count = len(cell.slm_layers) if isinstance(cell.slm_layers, tuple) else cell.slm_layers
+                layers = "" if count == LAYERS else f"-{count}-layers"
+                healed = "-healed" if cell.heal_steps else ""
                 rows_too = f"-{cell.rows}-rows" if cell.rows == MORE["rows"] else ""
-                yield CARDS / f"{NAME}-{task}-{cell.fusion}{tuned}{layers}{shortlist}{rows_too}.md", row
+                yield CARDS / f"{NAME}-{task}-{cell.fusion}{tuned}{layers}{healed}{shortlist}{rows_too}.md", row
 
 
 def write_quality_card(row: Row, card_file: pathlib.Path) -> None:
@@ -139,6 +141,10 @@ def quality_records(row: Row) -> list[Record]:
         files += f" and {cell.task}-train-more.jsonl.gz"
     if cell.tuned_llm:
         training["LLM"] = "fine-tuned in full on the same rows first; then it is frozen, and the SLM is cut from it"
+    if cell.heal_steps:
+        training["healed"] = (
+            f"in {cell.heal_steps} steps before, on the prompts' own text: what begins one is read, the rest written"
+        )
     if cell.shortlist:
         training["shortlist"] = f"it writes tokens of the training {SHORTLISTS[cell.shortlist]} alone"
     note = (

@@ -91,7 +91,11 @@ def main_figures(rows: Sequence[Row], folder: pathlib.Path) -> dict[str, dict[st
             continue
         own, alone, entry = scores[row.name], scores.get(row.beside), figures[row.name]
         entry["interval"] = rounded(interval(lambda chosen, own=own: own.on(judged, chosen), count))
-        if row.cells[0].contestant != HYBRID or alone is None:
+        if row.cells[0].contestant != HYBRID:
+            continue
+        if tuned is not None:
+            entry["of the LLM's score, %"] = round(100 * own.on(judged) / tuned.on(judged), 1)
+        if alone is None:
             continue
         above = difference(own, alone, judged)
         everything = np.arange(count)
@@ -105,7 +109,6 @@ def main_figures(rows: Sequence[Row], folder: pathlib.Path) -> dict[str, dict[st
 
             entry["gap closed, %"] = round(closed(everything), 1)
             entry["gap closed, interval"] = rounded(interval(closed, count), 1)
-            entry["of the LLM's score, %"] = round(100 * own.on(judged) / tuned.on(judged), 1)
     return figures
 
 
@@ -147,16 +150,21 @@ def verdicts(task: str, figures: dict[str, dict[str, Any]], speed: dict[str, Any
     for name, row in figures.items():
         if "of the LLM's score, %" not in row or name not in speeds:
             continue
-        difference, interval = row["above the SLM alone"], row["above the SLM alone, interval"]
         share, decoding = row["of the LLM's score, %"], speeds[name]["decoding, times the LLM"]
-        beside_slm = decoding / speeds[row["beside"]]["decoding, times the LLM"]
-        found = "surely above" if interval[0] > 0 else "surely below" if interval[1] < 0 else "not surely above"
         reached = "reached" if share >= AIM_SHARE and decoding >= AIM_SPEED else "missed"
+        beside = "its SLM alone has not been trained."
+        if "beside" in row:
+            difference, interval = row["above the SLM alone"], row["above the SLM alone, interval"]
+            beside_slm = decoding / speeds[row["beside"]]["decoding, times the LLM"]
+            found = "surely above" if interval[0] > 0 else "surely below" if interval[1] < 0 else "not surely above"
+            closed = shown(row["gap closed, interval"], row["gap closed, %"], "{:.0f} %")
+            beside = (
+                f"{found} `{row['beside']}`, {difference:+.1f} {judged} ({shown(interval)}), at {beside_slm:.2f} x its decoding "
+                f"speed. It closes {closed} of the gap from there to the fine-tuned LLM."
+            )
         lines.append(
-            f"- `{name}`: {found} `{row['beside']}`, {difference:+.1f} {judged} ({shown(interval)}), at {beside_slm:.2f} x its "
-            f"decoding speed. It closes {shown(row['gap closed, interval'], row['gap closed, %'], '{:.0f} %')} of the gap from there "
-            f"to the fine-tuned LLM, and has {share:.1f} % of that one's score at {decoding:.2f} x its decoding speed. The aim, "
-            f"{AIM_SHARE} % at {AIM_SPEED} x: {reached}."
+            f"- `{name}`: {beside} It has {share:.1f} % of the fine-tuned LLM's score at {decoding:.2f} x its decoding speed. The "
+            f"aim, {AIM_SHARE} % at {AIM_SPEED} x: {reached}."
         )
     return "\n".join(lines)
 

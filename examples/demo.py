@@ -457,7 +457,10 @@ def main() -> None:
         quality[SLM]["loss per token"] = loss_per_token(slm, slm_collator, eval_rows)
         quality[HYBRID]["loss per token"] = loss_per_token(hybrid, collator, eval_rows)
         columns = {"reference": references} | {name: texts[name] for name in (HYBRID, SLM, LLM)}
-        answers = {str(row + 1): {name: column[row] for name, column in columns.items()} for row in range(10)}
+        answers = {
+            str(row + 1): {name: column[row] for name, column in columns.items()}
+            for row in range(min(10, len(prompts)))
+        }
         show("Ten held-out rows", answers)
         show(f"Quality on {len(eval_rows)} held-out rows", quality)
     with phase("Speed"):

@@ -131,6 +131,8 @@ def test_verdict_says_what_is_sure_and_what_was_missed():
     assert "surely below `SLM alone, 4 layers`" in verdicts("synopsis", {"LLM-to-SLM": below}, speed)
     assert "missed." in verdicts("synopsis", {"LLM-to-SLM": row | {"above the SLM alone, interval": [0.1, 1]}}, speed)
     assert verdicts("synopsis", {"LLM-to-SLM": row}, {}) == ""
+    text = verdicts("synopsis", {"LLM-to-SLM": {"of the LLM's score, %": 98.5}}, speed)
+    assert "`LLM-to-SLM`: its SLM alone has not been trained. It has 98.5 %" in text
 
 
 def test_every_stored_result_stands_in_a_table():
