@@ -62,11 +62,16 @@ def estimated(pair: SpeedPair, cell: Conditions, llm_dtype: torch.dtype, options
         batch_size=cell.batch_size,
         num_beams=cell.num_beams,
         slm_layers=pair.slm_layers,
-        fusion=pair.fusion if pair.slm is None else None,
+        fusion=fusion_of(pair),
         llm_dtype=llm_dtype,
         slm_dtype=torch.float32,
         seconds=options.seconds,
     )
+
+
+def fusion_of(pair: SpeedPair) -> str | None:
+    """Random tokens have no characters to align by; the tokens of one model stand for those of the other."""
+    return pair.fusion if pair.slm is None else "add"
 
 
 # What is compared with -----------------------------------------------------------------------------------------------
@@ -109,11 +114,10 @@ def make(pair: SpeedPair, tiny: bool) -> tuple[PreTrainedModel, LLM2SLMForCondit
             config = config_of(name, tiny)
             auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             models.append(auto.from_config(config, dtype=dtype).eval())
-    # Random tokens have no characters to align by; the tokens of one stand for those of the other.
-    composing: dict[str, Any] = (
-        {"fusion": "add"} if pair.slm else {"slm_layers": pair.slm_layers, "fusion": pair.fusion}
+    hybrid = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+        *models, slm_layers=pair.slm_layers, fusion=fusion_of(pair)
     )
-    return models[0], LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(*models, **composing).eval()
+    return models[0], hybrid.eval()
 
 
 def writing(

@@ -99,6 +99,7 @@ def main_rows(task: str) -> list[Row]:
             tuned_llm=True,
             slm_layers=influential(FAST),
             heal_steps=STEPS,
+            in_summary=False,
         ),
     ]
 

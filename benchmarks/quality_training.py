@@ -45,7 +45,7 @@ def run(
 
     Args:
         cell: What to train.
-        work_dir: For cached states and checkpoints.
+        work_dir: For cached states, what the trainer writes, and the trained weights.
         teacher: Gives the folder of the fine-tuned LLM of the cell's task, where the cell learns from it.
 
     Returns:
@@ -114,6 +114,7 @@ def teach(
     validation = rows_for(cell, "validation", tokenizer)[:CURVE_ROWS]
     curve: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
+    work_dir.mkdir(parents=True, exist_ok=True)
     if cell.labels == "llm":
         rows = llm_labels(cell, rows, teacher(), work_dir)
     for name, steps in (("healing", cell.heal_steps), ("training", cell.steps)):
@@ -127,7 +128,6 @@ def teach(
         teacher_model = None
         if cell.distillation_weight and name == "training":
             teacher_model = AutoModelForCausalLM.from_pretrained(teacher(), dtype=torch.bfloat16)
-        work_dir.mkdir(parents=True, exist_ok=True)
         # Of its own, as several may train side by side.
         with tempfile.TemporaryDirectory(dir=work_dir) as folder:
             history = train(cell, contestant, *datasets, steps, folder, teacher_model)

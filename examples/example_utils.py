@@ -319,8 +319,7 @@ def load_model(
         model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
             args.llm_name_or_path,
             args.slm_name_or_path,
-            # That of a cut hangs on its LLM; its prompts are as many tokens with each.
-            fusion=processor.fusion if args.slm_layers is None else args.fusion,
+            fusion=args.fusion,
             processor=processor,
             slm_dtype=args.slm_dtype,
             **{name: value for name, value in options.items() if value is not None},

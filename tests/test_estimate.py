@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import FAMILIES, llama_like, t5_like
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, MambaConfig, XLNetConfig
 
 from transformers_llm2slm import LLM2SLMForConditionalGeneration
 from transformers_llm2slm.cli import main
@@ -223,6 +223,18 @@ def test_precision():
 
 
 # All of it -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "llm",
+    [
+        MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3, state_size=4),
+        XLNetConfig(vocab_size=64, d_model=32, n_layer=3, n_head=4, d_inner=48),  # takes no cache
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_cut_of_an_llm_that_keeps_no_keys_and_values(llm):
+    assert hybrid_config(llm, slm_layers=2).fusion == "replace"
+
+
 @pytest.mark.parametrize("fusion", ["kv", "replace"])
 def test_estimate_of_a_cut(fusion):
     found = estimate(LLAMA(), slm_layers=2, **LENGTHS, fusion=None if fusion == "kv" else fusion, seconds=0.2)

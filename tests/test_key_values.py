@@ -8,7 +8,14 @@ import pytest
 import torch
 from conftest import PROMPTS, RESPONSES, Pair
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModel, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from transformers_llm2slm import LLM2SLMConfig, LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from transformers_llm2slm.fit import fit_projector, fit_slm_embeddings
@@ -209,6 +216,9 @@ def test_a_cut_gets_keys_and_values_by_default_where_the_llm_keeps_them(zoo):
     assert (config.fusion, config.llm_layer) == ("replace", 1)
     with pytest.raises(ValueError, match=r"keeps keys and values of widths \[4, 8\]"):
         compose(latent, slm_layers=2, fusion="kv")
+    recurrent = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3, state_size=4))
+    with pytest.raises(ValueError, match="MambaModel can't be read at `llm_layer` 1"):  # as with "replace"
+        compose(recurrent, slm_layers=2)
 
 
 @pytest.mark.parametrize(

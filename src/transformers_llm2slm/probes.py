@@ -107,7 +107,9 @@ def check_keeps_key_values(model: PreTrainedModel, config: Any, part: str) -> No
 
 
 def keeps_key_values(model: PreTrainedModel) -> bool:
-    """Whether [`check_keeps_key_values`] has nothing to say."""
+    """Whether [`check_keeps_key_values`] has nothing to say; a model that takes no cache, or whose configuration tells of no heads, keeps none."""
+    if not accepts(model.forward, cache_argument(model.forward)) or not all(key_value_heads(model.config)):
+        return False
     try:
         check_keeps_key_values(model, model.config, "LLM")
     except ValueError:
