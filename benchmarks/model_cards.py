@@ -17,7 +17,7 @@ import datasets
 from quality_cells import HYBRID, TASKS
 from quality_models import PROJECT, contestant_for, rows_for
 from quality_report import COLUMNS, TITLES, results_of, shown
-from quality_tables import LAYERS, MAIN, MORE, SHORTLISTS, Row
+from quality_tables import LAYERS, MAIN, MORE, Row
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -63,18 +63,18 @@ def write_demo_card(results_file: pathlib.Path, card_file: pathlib.Path) -> None
 
 
 def quality_cards() -> Iterator[tuple[pathlib.Path, Row]]:
-    """The card of each hybrid of the table of quality that has been trained, and its row."""
+    """The card of each hybrid of the table of quality that has been trained, and its row; a shortlist makes no other checkpoint."""
     for task, rows in MAIN.items():
         for row in rows:
             cell = row.cells[0]
-            if cell.contestant == HYBRID and results_of(row, RESULTS / "quality"):
-                shortlist = f"-shortlist-{cell.shortlist}" if cell.shortlist else ""
+            if cell.contestant == HYBRID and not cell.shortlist and results_of(row, RESULTS / "quality"):
                 tuned = "-tuned-llm" if cell.tuned_llm else ""
                 count = len(cell.slm_layers) if isinstance(cell.slm_layers, tuple) else cell.slm_layers
                 layers = "" if count == LAYERS else f"-{count}-layers"
                 healed = "-healed" if cell.heal_steps else ""
+                labels = "-llm-labels" if cell.labels == "llm" else ""
                 rows_too = f"-{cell.rows}-rows" if cell.rows == MORE["rows"] else ""
-                yield CARDS / f"{NAME}-{task}-{cell.fusion}{tuned}{layers}{healed}{shortlist}{rows_too}.md", row
+                yield CARDS / f"{NAME}-{task}-{cell.fusion}{tuned}{layers}{healed}{labels}{rows_too}.md", row
 
 
 def write_quality_card(row: Row, card_file: pathlib.Path) -> None:
@@ -145,8 +145,8 @@ def quality_records(row: Row) -> list[Record]:
         training["healed"] = (
             f"in {cell.heal_steps} steps before, on the prompts' own text: what begins one is read, the rest written"
         )
-    if cell.shortlist:
-        training["shortlist"] = f"it writes tokens of the training {SHORTLISTS[cell.shortlist]} alone"
+    if cell.labels == "llm":
+        training["labels"] = "what the fine-tuned LLM wrote for the prompts"
     note = (
         f"The figures of one seed each. The mean of {count} seeds of this model is {judged} {figures['scores'][task.score]} "
         f"({shown(figures['interval'])}, paired bootstrap over the rows, 95 %). The others are trained on the same task; where "

@@ -28,7 +28,7 @@ from typing import Any
 
 import quality_report
 import quality_speed
-from quality_cells import TASKS, TUNED, Cell
+from quality_cells import TASKS, Cell
 from quality_tables import TABLES, cells_of, reproduced, teacher_cell
 from quality_training import run
 from transformers.utils import logging
@@ -44,7 +44,7 @@ def file_of(cell: Cell) -> pathlib.Path:
 
 
 def measure(cell: Cell, work_dir: pathlib.Path) -> dict[str, Any]:
-    """Run a cell; of a fine-tuned LLM the weights are kept, for others to learn from."""
+    """Run a cell; of the teacher the weights are kept, for others to learn from."""
 
     def teacher() -> pathlib.Path:
         tuned = teacher_cell(cell.task)
@@ -54,7 +54,7 @@ def measure(cell: Cell, work_dir: pathlib.Path) -> dict[str, Any]:
         return teacher_folder(tuned, work_dir)
 
     result, model = run(cell, work_dir, teacher)
-    if cell.contestant == TUNED:
+    if cell == teacher_cell(cell.task):
         model.bfloat16().save_pretrained(teacher_folder(cell, work_dir))
     return result | provenance("python benchmarks/quality.py", "datasets", "rouge-score", "sacrebleu")
 

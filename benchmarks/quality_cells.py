@@ -61,6 +61,7 @@ class Cell:
         contestant: Which of the four kinds.
         llm: A name of `examples/prepare_models.py`.
         tuned_llm: Fine-tune the LLM on the task first: it is then what reads, frozen, and what the SLM is cut from.
+        lora_rank: Of a fine-tuned LLM: train adapters of this rank at its linear layers instead of all of it.
         slm_layers: Layers of the LLM that make the SLM; a number means the upper ones. Its embeddings and LM head are not trained.
         slm_shape: Make a new SLM of this shape instead: `t5-256x4` has the width 256 and 4 layers (an encoder-decoder 4 and 4).
         slm_tokenizer: Of a new SLM: trained on the task's texts, or the LLM's.
@@ -75,6 +76,7 @@ class Cell:
         learning_rate, projector_learning_rate: Peaks of AdamW's; the second is by default the first.
         max_prompt_length: By default the task's.
         shortlist: Write only tokens of the training answers, or of prompts and answers, by an LM head of their size.
+        shortlist_size: Only the most frequent of them.
         seed: Of new weights, the order of the rows, and what is cut for healing.
         split: What is measured on. Settings are chosen on the validation rows; the test rows are for the main table alone.
     """
@@ -83,6 +85,7 @@ class Cell:
     contestant: str
     llm: str = SMOLLM2
     tuned_llm: bool = False
+    lora_rank: int | None = None
     slm_layers: int | tuple[int, ...] | None = None
     slm_shape: str | None = None
     slm_tokenizer: Literal["data", "llm"] = "data"
@@ -105,6 +108,7 @@ class Cell:
     projector_learning_rate: float | None = None
     max_prompt_length: int | None = None
     shortlist: Literal["answers", "prompts"] | None = None
+    shortlist_size: int | None = None
     seed: int = 0
     split: Literal["test", "validation"] = "test"
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from quality_cells import HYBRID, SLM, TASKS, TUNED, ZERO_SHOT, Cell
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -42,6 +43,7 @@ PROJECT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT / "examples"))
 
 from demo import SLMAloneCollator, fast_dtype, loss_per_token  # noqa: E402, F401
+from prepare_healing_rows import cut_in_two  # noqa: E402
 from prepare_models import prepare  # noqa: E402
 
 FIT_PROMPTS = 500
@@ -84,13 +86,8 @@ def rows_for(cell: Cell, split: str, tokenizer: PreTrainedTokenizerBase) -> list
 def healing_rows(cell: Cell, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
     """The prompts' own text in two: what stands before a place is read, and what stands behind it is written."""
     places = random.Random(cell.seed)
-    rows = []
-    for row in read_rows(cell.task, "train")[: cell.rows]:
-        words = cut(row["prompt"], cell, tokenizer).split(" ")
-        if len(words) >= 4:
-            place = places.randint(2, len(words) - 2)
-            rows.append({"prompt": " ".join(words[:place]), "completion": " " + " ".join(words[place:])})
-    return rows
+    texts = (cut(row["prompt"], cell, tokenizer) for row in read_rows(cell.task, "train")[: cell.rows])
+    return [row for text in texts if (row := cut_in_two(text, places)) is not None]
 
 
 def cut(text: str, cell: Cell, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -217,6 +214,8 @@ def contestant_for(cell: Cell, llm: pathlib.Path | None = None) -> Contestant:
     if cell.contestant in (ZERO_SHOT, TUNED):
         dtype = fast_dtype() if cell.contestant == ZERO_SHOT else torch.float32
         model = AutoModelForCausalLM.from_pretrained(llm_folder, dtype=dtype)
+        if cell.lora_rank:
+            model = get_peft_model(model, LoraConfig(r=cell.lora_rank, target_modules="all-linear"))
     elif cell.slm_shape is not None and cell.contestant == SLM:
         model = new_slm(cell.slm_shape, processor.tokenizer)
     else:
@@ -230,7 +229,7 @@ def contestant_for(cell: Cell, llm: pathlib.Path | None = None) -> Contestant:
     if cell.shortlist:
         columns = ("completion",) if cell.shortlist == "answers" else ("prompt", "completion")
         texts = [row[column] for row in read_rows(cell.task, "train")[: cell.rows] for column in columns]
-        model.shortlist = make_shortlist(processor, texts)
+        model.shortlist = make_shortlist(processor, texts, cell.shortlist_size)
     if cell.contestant == HYBRID:
         collator = LLM2SLMDataCollator(processor, max_response_length=task.max_new_tokens)
         return Contestant(model, collator, hybrid_writer(model, processor), processor)

@@ -212,10 +212,10 @@ def escaped(text: str) -> str:
 
 # Plots -------------------------------------------------------------------------------------------------------------------
 def colors_of_rows() -> dict[str, Any]:
-    """The same for a row in every plot and panel."""
+    """Of the rows that are drawn, those of the summary: the same in every plot and panel."""
     import matplotlib.pyplot as plt
 
-    names = dict.fromkeys(row.name for rows in MAIN.values() for row in rows)
+    names = dict.fromkeys(row.name for rows in MAIN.values() for row in rows if row.in_summary)
     return dict(zip(names, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
 
 
@@ -243,7 +243,7 @@ def pareto(path: pathlib.Path, figures: dict[str, dict[str, Any]], speed: dict[s
     for axis, task in zip(axes[0], tasks, strict=True):
         judged = TASKS[task].score
         for name in figures[task]:
-            if name in speed[task]:
+            if name in speed[task] and name in colors:
                 x, y = speed[task][name]["tokens/s"], figures[task][name]["scores"][judged]
                 low, high = figures[task][name]["interval"]
                 error = [[max(0.0, y - low)], [max(0.0, high - y)]]
@@ -273,7 +273,7 @@ def curves(path: pathlib.Path, folder: pathlib.Path) -> None:
     figure, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 5), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for row in MAIN[task]:
-            if row.cells[0].shortlist:  # learns as the row without it does
+            if row.cells[0].shortlist or row.name not in colors:  # by a shortlist it learns as without
                 continue
             for result in results_of(row, folder)[:1]:
                 points = [

@@ -27,9 +27,9 @@ def measure(folder: pathlib.Path, tasks: Sequence[str], rounds: int) -> None:
     for task in tasks:
         writers: dict[str, Callable[[int], Any]] = {}
         # Rows that differ in training alone are as fast; the others are compared with the first.
-        alike = {
-            row.name: row.cells[0].with_changes(rows=0, steps=0, heal_steps=0, tuned_llm=False) for row in MAIN[task]
-        }
+        trained: dict[str, Any] = {"rows": 0, "steps": 0, "heal_steps": 0, "learning_rate": 0.0, "labels": "data"}
+        trained |= {"tuned_llm": False, "lora_rank": None}
+        alike = {row.name: row.cells[0].with_changes(**trained) for row in MAIN[task]}
         of_cell = {cell: name for name, cell in reversed(alike.items())}
         for row in sorted(MAIN[task], key=lambda row: row.cells[0].contestant != TUNED):
             if of_cell[alike[row.name]] != row.name:

@@ -63,43 +63,59 @@ def teacher_cell(task: str) -> Cell:
     return Cell(task, TUNED, steps=200, learning_rate=1e-4)
 
 
-# Texts whose tokens make a shortlist, by the name of the cell's setting.
-SHORTLISTS = {"answers": "answers", "prompts": "prompts and answers"}
+# What a hybrid may write, by the end of the row's name.
+SHORTLISTS: dict[str, dict[str, Any]] = {
+    "shortlist of answers": {"shortlist": "answers"},
+    "shortlist of 4,000 tokens": {"shortlist": "answers", "shortlist_size": 4000},
+    "shortlist of prompts and answers": {"shortlist": "prompts"},
+}
 
 
 def compared(
-    task: str, suffix: str = "", shortlists: bool = False, in_summary: bool = True, **changes: Any
+    task: str,
+    suffix: str = "",
+    shortlists: Sequence[str] = (),
+    count: int = len(SEEDS),
+    in_summary: bool = True,
+    **changes: Any,
 ) -> list[Row]:
-    """The SLM alone and the hybrid with some settings; the hybrid with shortlists, too."""
+    """The SLM alone and the hybrid with some settings, in a number of seeds; the hybrid with shortlists, too."""
     alone, name = f"{SLM}{suffix}", f"{HYBRID}{suffix}"
     by_kv = hybrid_kv(task).with_changes(**changes)
     rows = [
-        Row(alone, seeds(slm_alone(task).with_changes(**changes)), in_summary=in_summary),
-        Row(name, seeds(by_kv), alone, in_summary),
+        Row(alone, seeds(slm_alone(task).with_changes(**changes))[:count], in_summary=in_summary),
+        Row(name, seeds(by_kv)[:count], alone, in_summary),
     ]
-    for kind, texts in SHORTLISTS.items() if shortlists else ():
-        cells = seeds(by_kv.with_changes(shortlist=kind))
-        rows.append(Row(f"{name}, shortlist of {texts}", cells, alone, in_summary and by_kv.tuned_llm))
+    for kind in shortlists:
+        cells = seeds(by_kv.with_changes(**SHORTLISTS[kind]))[:count]
+        rows.append(Row(f"{name}, {kind}", cells, alone, in_summary))
     return rows
 
 
 def main_rows(task: str) -> list[Row]:
+    """Those that a user should know in all seeds; the others, that show what a setting does, in one."""
+    tuned: dict[str, Any] = {"tuned_llm": True}
+    healed = tuned | {"heal_steps": STEPS}
+    by_lora = teacher_cell(task).with_changes(lora_rank=16, learning_rate=1e-3)
+    once: dict[str, Any] = {"count": 1, "in_summary": False}
     return [
         Row(ZERO_SHOT, (Cell(task, ZERO_SHOT),)),
         Row(TUNED, (teacher_cell(task),)),
-        *compared(task, shortlists=True),
+        Row(f"{TUNED} by LoRA", (by_lora,), in_summary=False),
+        *compared(task),
         Row(f'{HYBRID}, fusion="replace"', seeds(hybrid(task)), in_summary=False),
-        *compared(task, f", {FEW} layers", in_summary=False, slm_layers=influential(FEW)),
-        *compared(task, f", {MORE['rows']:,} rows", in_summary=False, **MORE),
-        *compared(task, ", tuned LLM", shortlists=True, tuned_llm=True),
+        *compared(task, f", {FEW} layers", **once, slm_layers=influential(FEW)),
+        *compared(task, f", {MORE['rows']:,} rows", **once, **MORE),
+        *compared(task, ", tuned LLM", tuple(SHORTLISTS), **tuned),
+        *compared(task, ", tuned LLM, healed", tuple(SHORTLISTS), **healed),
+        *compared(task, ", tuned LLM, healed, its answers", tuple(SHORTLISTS), **healed, labels="llm"),
         *compared(
             task,
             f", {FAST} layers, tuned LLM, healed",
-            shortlists=True,
-            tuned_llm=True,
+            ("shortlist of answers",),
+            **once,
+            **healed,
             slm_layers=influential(FAST),
-            heal_steps=STEPS,
-            in_summary=False,
         ),
     ]
 
@@ -120,14 +136,12 @@ def factors(task: str) -> dict[str, list[Row]]:
     states = embedded.with_changes(steps=STEPS // 4)
     new = Cell(task, HYBRID, slm_shape="t5-256x4", steps=STEPS).with_changes(**ablated)
     new_alone = Cell(task, SLM, slm_shape="t5-256x4", steps=STEPS, split="validation")
-    longer: tuple[dict[str, Any], ...] = ({"steps": STEPS // 4}, {"steps": STEPS}, MORE)
 
     def each_once(name: str, cell: Cell) -> list[Row]:
         """A cell, and with other numbers of rows that are read at most once."""
         rows = [row(f"{name}, {cell.steps * cell.batch_size:,} rows", cell)]
-        for changes in longer:
-            count = changes["steps"] * cell.batch_size
-            rows.append(row(f"{name}, {count:,} rows", cell, **changes))
+        for steps in (STEPS // 4, STEPS):
+            rows.append(row(f"{name}, {steps * cell.batch_size:,} rows", cell, steps=steps))
         return rows
 
     cut = {
