@@ -162,7 +162,9 @@ class SLMAloneCollator:
 def fast_dtype() -> torch.dtype:
     """bfloat16 if this machine multiplies matrices clearly faster in it than in float32, else float32."""
     matrices = {dtype: torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
-    single, half = (seconds_of(lambda m=m: m @ m, repeats=10) for m in matrices.values())
+    # In turn and by the fastest, as other programs may take the processor for a while.
+    rounds = [[seconds_of(lambda m=m: m @ m) for m in matrices.values()] for _ in range(10)]
+    single, half = (min(times) for times in zip(*rounds, strict=True))
     return torch.bfloat16 if half < 0.8 * single else torch.float32
 
 
