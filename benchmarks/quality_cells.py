@@ -76,7 +76,6 @@ class Cell:
         learning_rate, projector_learning_rate: Peaks of AdamW's; the second is by default the first.
         max_prompt_length: By default the task's.
         shortlist: Write only tokens of the training answers, or of prompts and answers, by an LM head of their size.
-        shortlist_size: Only the most frequent of them.
         seed: Of new weights, the order of the rows, and what is cut for healing.
         split: What is measured on. Settings are chosen on the validation rows; the test rows are for the main table alone.
     """
@@ -108,7 +107,6 @@ class Cell:
     projector_learning_rate: float | None = None
     max_prompt_length: int | None = None
     shortlist: Literal["answers", "prompts"] | None = None
-    shortlist_size: int | None = None
     seed: int = 0
     split: Literal["test", "validation"] = "test"
 

@@ -231,7 +231,7 @@ def contestant_for(cell: Cell, llm: pathlib.Path | None = None) -> Contestant:
     if cell.shortlist:
         columns = ("completion",) if cell.shortlist == "answers" else ("prompt", "completion")
         texts = [row[column] for row in read_rows(cell.task, "train")[: cell.rows] for column in columns]
-        model.shortlist = make_shortlist(processor, texts, cell.shortlist_size)
+        model.shortlist = make_shortlist(processor, texts)
     if cell.contestant == HYBRID:
         collator = LLM2SLMDataCollator(processor, max_response_length=task.max_new_tokens)
         return Contestant(model, collator, hybrid_writer(model, processor), processor)

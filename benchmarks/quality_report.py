@@ -11,6 +11,7 @@ import numpy as np
 from quality_cells import HYBRID, TASKS, TUNED, Cell
 from quality_models import read_rows
 from quality_scores import Interval, RowScores, interval
+from quality_speed import LAID_OUT
 from quality_tables import ABLATIONS, MAIN, Row
 
 SHOWN = 20
@@ -89,7 +90,8 @@ def main_figures(rows: Sequence[Row], folder: pathlib.Path) -> dict[str, dict[st
     for row in rows:
         if row.name not in figures:
             continue
-        own, alone, entry = scores[row.name], scores.get(row.beside), figures[row.name]
+        own, entry = scores[row.name], figures[row.name]
+        alone = scores.get(row.beside) if row.beside else None
         entry["interval"] = rounded(interval(lambda chosen, own=own: own.on(judged, chosen), count))
         if row.cells[0].contestant != HYBRID:
             continue
@@ -122,7 +124,7 @@ def main_table(task: str, figures: dict[str, dict[str, Any]], speed: dict[str, A
     judged = TITLES[TASKS[task].score]
     titles = [TITLES[name] for name in COLUMNS[task]]
     header = ["", "seeds", *titles, f"{judged}, 95 %", "of single seeds", "above the SLM alone", "gap closed"]
-    header += ["tokens/s", "x the LLM", "decoding, x the LLM"]
+    header += ["tokens/s", "x the LLM", "decoding, x the LLM", "laid out"]
     lines = []
     for name, row in figures.items():
         own = speed.get(task, {}).get(name, {})
@@ -138,6 +140,7 @@ def main_table(task: str, figures: dict[str, dict[str, Any]], speed: dict[str, A
                 f"{own['tokens/s']:.1f}" if own else "",
                 f"{own['times the LLM']:.2f}" if own else "",
                 f"{own['decoding, times the LLM']:.2f}" if own else "",
+                f"{own[LAID_OUT]:.2f}" if own else "",
             ]
         )
     return table(header, lines)
@@ -151,7 +154,9 @@ def verdicts(task: str, figures: dict[str, dict[str, Any]], speed: dict[str, Any
         if "of the LLM's score, %" not in row or name not in speeds:
             continue
         share, decoding = row["of the LLM's score, %"], speeds[name]["decoding, times the LLM"]
-        reached = "reached" if share >= AIM_SHARE and decoding >= AIM_SPEED else "missed"
+        laid_out = speeds[name][LAID_OUT]
+        by_layout = " after `to_decoding_layout()`" if decoding < AIM_SPEED <= laid_out else ""
+        reached = f"reached{by_layout}" if share >= AIM_SHARE and max(decoding, laid_out) >= AIM_SPEED else "missed"
         beside = "its SLM alone has not been trained."
         if "beside" in row:
             difference, interval = row["above the SLM alone"], row["above the SLM alone, interval"]
@@ -163,8 +168,8 @@ def verdicts(task: str, figures: dict[str, dict[str, Any]], speed: dict[str, Any
                 f"speed. It closes {closed} of the gap from there to the fine-tuned LLM."
             )
         lines.append(
-            f"- `{name}`: {beside} It has {share:.1f} % of the fine-tuned LLM's score at {decoding:.2f} x its decoding speed. The "
-            f"aim, {AIM_SHARE} % at {AIM_SPEED} x: {reached}."
+            f"- `{name}`: {beside} It has {share:.1f} % of the fine-tuned LLM's score at {decoding:.2f} x its decoding speed, "
+            f"{laid_out:.2f} x laid out. The aim, {AIM_SHARE} % at {AIM_SPEED} x: {reached}."
         )
     return "\n".join(lines)
 

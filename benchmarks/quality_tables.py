@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
@@ -28,13 +29,13 @@ class Row:
     Args:
         name: What it is called.
         cells: One for each seed.
-        beside: Of a hybrid: the row of the SLM alone that it is compared with, as large and trained on as many rows.
+        beside: Of a hybrid: the row of the SLM alone that it is compared with, as large and trained on as many rows, if there is one.
         in_summary: Whether it stands in the README too.
     """
 
     name: str
     cells: tuple[Cell, ...]
-    beside: str = SLM
+    beside: str | None = SLM
     in_summary: bool = True
 
 
@@ -63,60 +64,61 @@ def teacher_cell(task: str) -> Cell:
     return Cell(task, TUNED, steps=200, learning_rate=1e-4)
 
 
-# What a hybrid may write, by the end of the row's name.
-SHORTLISTS: dict[str, dict[str, Any]] = {
-    "shortlist of answers": {"shortlist": "answers"},
-    "shortlist of 4,000 tokens": {"shortlist": "answers", "shortlist_size": 4000},
-    "shortlist of prompts and answers": {"shortlist": "prompts"},
-}
+# Texts whose tokens make a shortlist, by the name of the cell's setting.
+SHORTLISTS = {"answers": "answers", "prompts": "prompts and answers"}
 
 
-def compared(
-    task: str,
-    suffix: str = "",
-    shortlists: Sequence[str] = (),
-    count: int = len(SEEDS),
-    in_summary: bool = True,
-    **changes: Any,
-) -> list[Row]:
-    """The SLM alone and the hybrid with some settings, in a number of seeds; the hybrid with shortlists, too."""
-    alone, name = f"{SLM}{suffix}", f"{HYBRID}{suffix}"
-    by_kv = hybrid_kv(task).with_changes(**changes)
-    rows = [
-        Row(alone, seeds(slm_alone(task).with_changes(**changes))[:count], in_summary=in_summary),
-        Row(name, seeds(by_kv)[:count], alone, in_summary),
-    ]
-    for kind in shortlists:
-        cells = seeds(by_kv.with_changes(**SHORTLISTS[kind]))[:count]
-        rows.append(Row(f"{name}, {kind}", cells, alone, in_summary))
+def with_shortlists(row: Row, kinds: Sequence[str] = ()) -> list[Row]:
+    """A row and those of the same models that write by a shortlist."""
+    rows = [row]
+    for kind in kinds:
+        cells = tuple(cell.with_changes(shortlist=kind) for cell in row.cells)
+        name = f"{row.name}, shortlist of {SHORTLISTS[kind]}"
+        rows.append(dataclasses.replace(row, name=name, cells=cells))
     return rows
 
 
+def compared(task: str, suffix: str = "", shortlists: Sequence[str] = (), **changes: Any) -> list[Row]:
+    """The SLM alone and the hybrid with some settings, in all seeds."""
+    alone = Row(f"{SLM}{suffix}", seeds(slm_alone(task).with_changes(**changes)))
+    by_kv = Row(f"{HYBRID}{suffix}", seeds(hybrid_kv(task).with_changes(**changes)), alone.name)
+    return [alone, *with_shortlists(by_kv, shortlists)]
+
+
+def once(task: str, suffix: str, shortlists: Sequence[str] = (), **changes: Any) -> list[Row]:
+    """The hybrid with settings that are tried in one seed, and without an SLM alone that would be trained so."""
+    cell = hybrid_kv(task).with_changes(**changes)
+    return with_shortlists(Row(f"{HYBRID}{suffix}", (cell,), None, in_summary=False), shortlists)
+
+
 def main_rows(task: str) -> list[Row]:
-    """Those that a user should know in all seeds; the others, that show what a setting does, in one."""
-    tuned: dict[str, Any] = {"tuned_llm": True}
-    healed = tuned | {"heal_steps": STEPS}
+    """Those that a user should know in all seeds; then others, that show what a setting does."""
     by_lora = teacher_cell(task).with_changes(lora_rank=16, learning_rate=1e-3)
-    once: dict[str, Any] = {"count": 1, "in_summary": False}
-    return [
+    # In German answers hold no names that only the prompts know.
+    shortlists = tuple(SHORTLISTS) if task == "synopsis" else ("answers",)
+    rows = [
         Row(ZERO_SHOT, (Cell(task, ZERO_SHOT),)),
         Row(TUNED, (teacher_cell(task),)),
-        Row(f"{TUNED} by LoRA", (by_lora,), in_summary=False),
         *compared(task),
+        *compared(task, ", tuned LLM", shortlists, tuned_llm=True),
         Row(f'{HYBRID}, fusion="replace"', seeds(hybrid(task)), in_summary=False),
-        *compared(task, f", {FEW} layers", **once, slm_layers=influential(FEW)),
-        *compared(task, f", {MORE['rows']:,} rows", **once, **MORE),
-        *compared(task, ", tuned LLM", tuple(SHORTLISTS), **tuned),
-        *compared(task, ", tuned LLM, healed", tuple(SHORTLISTS), **healed),
-        *compared(task, ", tuned LLM, healed, its answers", tuple(SHORTLISTS), **healed, labels="llm"),
-        *compared(
-            task,
-            f", {FAST} layers, tuned LLM, healed",
-            ("shortlist of answers",),
-            **once,
-            **healed,
-            slm_layers=influential(FAST),
-        ),
+    ]
+    tuned: dict[str, Any] = {"tuned_llm": True}
+    healed = tuned | {"heal_steps": STEPS}
+    more = f"{MORE['rows']:,} rows"
+    if task == "synopsis":
+        return [
+            *rows,
+            Row(f"{TUNED} by LoRA", (by_lora,), in_summary=False),
+            *once(task, f", {more}", **MORE),
+            *once(task, f", tuned LLM, {more}", shortlists, **tuned, **MORE),
+            *once(task, ", tuned LLM, healed, its answers", shortlists, **healed, labels="llm"),
+        ]
+    return [
+        *rows,
+        *once(task, f", {FEW} layers", slm_layers=influential(FEW)),
+        *once(task, ", tuned LLM, healed", **healed),
+        *once(task, f", {FAST} layers, tuned LLM, healed", shortlists, **healed, slm_layers=influential(FAST)),
     ]
 
 
@@ -196,7 +198,7 @@ def factors(task: str) -> dict[str, list[Row]]:
         "States: fusion": [
             row("replace", states),
             row("add, from zero", states, fusion="add", projector_init="zero"),
-            row("align, from zero", states, fusion="align", projector_init="zero"),
+            row("align, from zero (of one tokenizer, the same as add)", states, fusion="align", projector_init="zero"),
             row("llm-embed", states, fusion="llm-embed"),
         ],
         "States: start of the projector": [
@@ -243,7 +245,10 @@ def factors(task: str) -> dict[str, list[Row]]:
             row("MiniLM, 23M", new, llm=MINILM, tuned_llm=False),
         ],
     }
-    return cut | given_states | fresh
+    everything = cut | given_states | fresh
+    # In German, that what was chosen by the synopses holds for another task.
+    chosen = everything if task == "synopsis" else ("What is handed over", "LLM", "Layers of the SLM")
+    return {factor: everything[factor] for factor in chosen}
 
 
 MAIN = {task: main_rows(task) for task in TASKS}

@@ -86,7 +86,7 @@ def learn(
 
     The weights are kept in the work folder, for the cells that train alike and are measured otherwise.
     """
-    alike = cell.with_changes(split="test", shortlist=None, shortlist_size=None)
+    alike = cell.with_changes(split="test", shortlist=None)
     file = work_dir / "trained" / f"{alike.task}_{alike.name}.safetensors"
     trained = {name: parameter for name, parameter in contestant.model.named_parameters() if parameter.requires_grad}
     if not file.exists():

@@ -44,8 +44,9 @@ def test_a_hybrid_is_compared_with_an_slm_trained_alike():
     for rows in MAIN.values():
         alone = {row.name: row.cells[0] for row in rows}
         for row in rows:
-            cell, other = row.cells[0], alone[row.beside]
-            if cell.contestant == HYBRID:
+            cell = row.cells[0]
+            if cell.contestant == HYBRID and row.beside is not None:
+                other = alone[row.beside]
                 trained = ("steps", "rows", "batch_size", "learning_rate")
                 assert all(getattr(cell, name) == getattr(other, name) for name in trained)
                 assert cell.slm_layers in (other.slm_layers, len(other.slm_layers))
@@ -112,6 +113,7 @@ def test_stored_results_have_an_answer_for_each_row():
 
 def test_verdict_says_what_is_sure_and_what_was_missed():
     from quality_report import verdicts
+    from quality_speed import LAID_OUT
 
     alone = "SLM alone, 4 layers"
     row = {
@@ -122,11 +124,16 @@ def test_verdict_says_what_is_sure_and_what_was_missed():
         "gap closed, interval": [-10.0, 80.0],
         "of the LLM's score, %": 98.5,
     }
-    speed = {"synopsis": {name: {"decoding, times the LLM": x} for name, x in {alone: 5.0, "LLM-to-SLM": 4.5}.items()}}
+    decoding = "decoding, times the LLM"
+    speed = {"synopsis": {name: {decoding: x, LAID_OUT: x} for name, x in {alone: 5.0, "LLM-to-SLM": 4.5}.items()}}
     text = verdicts("synopsis", {alone: {}, "LLM-to-SLM": row}, speed)
     assert "not surely above `SLM alone, 4 layers`, +2.0 ROUGE-L (-0.5 to 4.5), at 0.90 x its decoding speed" in text
     assert "40 % (-10 % to 80 %)" in text and "98 % at 4 x: reached." in text
-    speed["synopsis"]["LLM-to-SLM"]["decoding, times the LLM"] = 3.9
+    speed["synopsis"]["LLM-to-SLM"] = {decoding: 3.9, LAID_OUT: 4.6}
+    text = verdicts("synopsis", {alone: {}, "LLM-to-SLM": row}, speed)
+    assert "at 3.90 x its decoding speed, 4.60 x laid out." in text
+    assert "98 % at 4 x: reached after `to_decoding_layout()`." in text
+    speed["synopsis"]["LLM-to-SLM"][LAID_OUT] = 3.95
     below = row | {"above the SLM alone, interval": [-4.5, -0.5]}
     assert "surely below `SLM alone, 4 layers`" in verdicts("synopsis", {"LLM-to-SLM": below}, speed)
     assert "missed." in verdicts("synopsis", {"LLM-to-SLM": row | {"above the SLM alone, interval": [0.1, 1]}}, speed)
