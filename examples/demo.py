@@ -58,7 +58,7 @@ from transformers_llm2slm.measurements import (
     write_record,
 )
 from transformers_llm2slm.model_card import write_model_card
-from transformers_llm2slm.speed import THIS_MODEL, measure_speed, seconds_of
+from transformers_llm2slm.speed import THIS_MODEL, measure_speed, seconds_of, times_in_rounds
 
 PROJECT = Path(__file__).resolve().parent.parent
 DEFAULT_DATA = "descriptions and synopses of Debian packages (examples/data of the library)"
@@ -161,10 +161,10 @@ class SLMAloneCollator:
 # Models ------------------------------------------------------------------------------------------------------------------
 def fast_dtype() -> torch.dtype:
     """bfloat16 if this machine multiplies matrices clearly faster in it than in float32, else float32."""
-    matrices = {dtype: torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
-    # In turn and by the fastest, as other programs may take the processor for a while.
-    rounds = [[seconds_of(lambda m=m: m @ m) for m in matrices.values()] for _ in range(10)]
-    single, half = (min(times) for times in zip(*rounds, strict=True))
+    matrices = {str(dtype): torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    products = {name: {"product": lambda m=m: m @ m} for name, m in matrices.items()}
+    # By the fastest, as other programs may take the processor for a while.
+    single, half = (min(times["product"]) for times in times_in_rounds(products, rounds=10).values())
     return torch.bfloat16 if half < 0.8 * single else torch.float32
 
 

@@ -101,9 +101,10 @@ def fit_slm_embeddings(
     """
     Start the input embeddings of an SLM cut from the LLM's upper layers where those layers expect them.
 
-    In the LLM its lowest layer got the states of the layers below. The tokens that it writes come as bare embeddings, which are many
-    times shorter and point elsewhere. So each token gets the mean of its states in some prompts, drawn (with the weight of `prior`
-    tokens) to a ridge regression of these means on the embeddings, which also serves the tokens of no prompt. The LM head keeps the embeddings as they were: the two are no longer tied.
+    In the LLM its lowest layer got the states of the layers below. The tokens that it writes come as bare embeddings, which are
+    many times shorter and point elsewhere. So each token gets the mean of its states in some prompts, drawn (with the weight of
+    `prior` tokens) to a ridge regression of these means on the embeddings, which also serves the tokens of no prompt. The LM
+    head keeps the embeddings as they were: the two are no longer tied.
 
     Args:
         model: A model with its LLM, and an SLM cut from it (`slm_layers=`), whatever its fusion and its projector.
