@@ -62,7 +62,8 @@ class Cell:
         llm: A name of `examples/prepare_models.py`.
         tuned_llm: Fine-tune the LLM on the task first: it is then what reads, frozen, and what the SLM is cut from.
         lora_rank: Of a fine-tuned LLM: train adapters of this rank at its linear layers instead of all of it.
-        slm_layers: Layers of the LLM that make the SLM; a number means the upper ones. Its embeddings and LM head are not trained.
+        slm_layers: Layers of SmolLM2, or of the tuned LLM, that make the SLM; a number means the upper ones. Its embeddings and
+            LM head are not trained.
         slm_shape: Make a new SLM of this shape instead: `t5-256x4` has the width 256 and 4 layers (an encoder-decoder 4 and 4).
         slm_tokenizer: Of a new SLM: trained on the task's texts, or the LLM's.
         fit_embeddings: Start the embeddings of an upper cut by `fit_slm_embeddings`.

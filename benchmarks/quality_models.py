@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from quality_cells import HYBRID, SLM, TASKS, TUNED, ZERO_SHOT, Cell
+from quality_cells import HYBRID, SLM, SMOLLM2, TASKS, TUNED, ZERO_SHOT, Cell
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
@@ -154,8 +154,11 @@ def new_slm(shape: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 def processor_for(cell: Cell) -> LLM2SLMProcessor:
     """Of the hybrid, or, with the SLM's tokenizer, of the SLM alone."""
     llm_tokenizer = AutoTokenizer.from_pretrained(llm_path(cell.llm))
-    if cell.slm_shape is None:
+    if cell.slm_shape is None and cell.llm == SMOLLM2:
         return LLM2SLMProcessor(llm_tokenizer, fusion=cell.fusion or "replace", slm_is_encoder_decoder=False)
+    if cell.slm_shape is None:
+        tokenizer = AutoTokenizer.from_pretrained(llm_path(SMOLLM2))
+        return LLM2SLMProcessor(tokenizer, llm_tokenizer, fusion="align", slm_is_encoder_decoder=False)
     tokenizer = make_tokenizer(cell.task) if cell.slm_tokenizer == "data" else llm_tokenizer
     seq2seq = cell.slm_shape.startswith("t5")
     return LLM2SLMProcessor(
@@ -178,10 +181,13 @@ def compose(cell: Cell, processor: LLM2SLMProcessor, llm: str) -> LLM2SLMForCond
     options = arguments_of(cell, *COMPOSING)
     few = cell.with_changes(rows=min(cell.rows, FIT_PROMPTS))
     prompts = [row["prompt"] for row in rows_for(few, "train", processor.llm_tokenizer)]
-    if cell.slm_shape is None:
+    if cell.slm_shape is not None:
+        options["slm"] = new_slm(cell.slm_shape, processor.tokenizer)
+    elif cell.llm == SMOLLM2:
         options |= arguments_of(cell, "slm_layers") | {"slm_dtype": torch.float32}
     else:
-        options["slm"] = new_slm(cell.slm_shape, processor.tokenizer)
+        of_smollm2 = Cell(cell.task, HYBRID, slm_layers=cell.slm_layers)
+        options["slm"] = compose(of_smollm2, processor_for(of_smollm2), llm_path(SMOLLM2)).slm
     if cell.projector_init == "fit":
         options["fit_prompts"] = prompts
     model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(

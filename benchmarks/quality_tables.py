@@ -17,6 +17,8 @@ BY_INFLUENCE = json.loads(INFLUENCE.read_text(encoding="utf-8"))["order"]
 STEPS = 400
 # All rows that there are, each of them at most once.
 MORE = {"rows": 21_000, "steps": 1300}
+# Of a new SLM, which begins with random weights.
+NEW_STEPS = 3000
 # Of the SLM in the main table, of one that is small enough for the aim's speed, and of a smaller one.
 LAYERS, FAST, FEW = 8, 7, 4
 
@@ -136,8 +138,11 @@ def factors(task: str) -> dict[str, list[Row]]:
     best, alone, embedded = (cell.with_changes(**half) for cell in (hybrid_kv(task), slm_alone(task), hybrid(task)))
     published = hybrid_kv(task).with_changes(split="validation")
     states = embedded.with_changes(steps=STEPS // 4)
-    new = Cell(task, HYBRID, slm_shape="t5-256x4", steps=STEPS).with_changes(**ablated)
-    new_alone = Cell(task, SLM, slm_shape="t5-256x4", steps=STEPS, split="validation")
+    before_a_cut = hybrid_kv(task).with_changes(
+        split="validation", steps=STEPS // 2, fusion=None, projector_init="zero"
+    )
+    new = Cell(task, HYBRID, llm=MINILM, slm_shape="t5-256x4", steps=NEW_STEPS, split="validation")
+    new_alone = Cell(task, SLM, slm_shape="t5-256x4", steps=NEW_STEPS, split="validation")
 
     def each_once(name: str, cell: Cell) -> list[Row]:
         """A cell, and with other numbers of rows that are read at most once."""
@@ -220,8 +225,14 @@ def factors(task: str) -> dict[str, list[Row]]:
         ],
     }
     fresh = {
-        "New SLM": [
-            row("SLM alone", new_alone),
+        "LLM before the same SLM": [
+            row("none: the SLM alone", alone, tuned_llm=False),
+            row("SmolLM2-135M, keys and values", best, tuned_llm=False),
+            row("SmolLM2-135M, its last states added, from zero", before_a_cut, fusion="add", llm_layer=30),
+            row("MPNet, 109M, aligned, from zero", before_a_cut, llm=MPNET),
+            row("MiniLM, 23M, aligned, from zero", before_a_cut, llm=MINILM),
+        ],
+        "New SLM behind MiniLM": [
             row("align", new),
             row(
                 "replace, the SLM's decoder alone (cross-attention to the LLM)",
@@ -229,20 +240,7 @@ def factors(task: str) -> dict[str, list[Row]]:
                 fusion="replace",
                 slm_encoder="skip",
             ),
-        ],
-        "New SLM: size": [
-            row("t5-256x4", new),
-            *(row(shape, new, slm_shape=shape) for shape in ("t5-128x2", "t5-512x6")),
-            *(
-                row(f"SLM alone, {shape}", new_alone, slm_shape=shape)
-                for shape in ("t5-128x2", "t5-256x4", "t5-512x6")
-            ),
-        ],
-        "New SLM: LLM": [
-            row("SmolLM2-135M, fine-tuned first", new),
-            row("SmolLM2-135M", new, tuned_llm=False),
-            row("MPNet, 109M", new, llm=MPNET, tuned_llm=False),
-            row("MiniLM, 23M", new, llm=MINILM, tuned_llm=False),
+            row("SLM alone", new_alone),
         ],
     }
     everything = cut | given_states | fresh
