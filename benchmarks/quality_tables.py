@@ -209,7 +209,7 @@ def factors(task: str) -> dict[str, list[Row]]:
         "States: start of the projector": [
             row("identity", states),
             row("random", states, projector_init="random"),
-            row("fit", states, projector_init="fit"),
+            row("fit to the embeddings of the SLM", states, projector_init="fit"),
         ],
         "States: layer of the LLM": [
             row("the one below the SLM's first", states),

@@ -80,7 +80,9 @@ class ModelArguments:
     fusion: Literal["add", "align", "replace", "llm-embed", "kv"] | None = option(
         "default: add or align, by the tokenizers"
     )
-    llm_layer: str | None = option("hidden layer of the LLM to read, or several, as in 4,8,-1; default: the last")
+    llm_layer: str | None = option(
+        "hidden layer of the LLM to read, or several, as in 4,8,-1; default: the last, or of a cut what its layers had below them"
+    )
     slm_encoder: Literal["keep", "skip"] | None = option("whether an encoder-decoder SLM keeps its encoder")
     projector_init: Literal["random", "zero", "identity", "fit"] | None = option(
         f"where the projector starts; fit: ridge regression on the first {FIT_PROMPTS} training prompts"

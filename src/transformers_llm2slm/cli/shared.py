@@ -29,7 +29,10 @@ Models = Annotated[
 ]
 LLMLayer = Annotated[
     str | None,
-    Option(metavar="N|LIST", help="Hidden layer of the LLM to read, or several, as in 4,8,-1; else the last."),
+    Option(
+        metavar="N|LIST",
+        help="Hidden layer of the LLM to read, or several, as in 4,8,-1; else the last, or what a cut had below it.",
+    ),
 ]
 SLMEncoder = Annotated[
     str | None, Option(metavar="keep|skip", help="Whether an encoder-decoder SLM keeps its encoder.")
