@@ -64,9 +64,8 @@ class Cell:
         lora_rank: Of a fine-tuned LLM: train adapters of this rank at its linear layers instead of all of it.
         slm_layers: Layers of SmolLM2, or of the tuned LLM, that make the SLM; a number means the upper ones. Its embeddings and
             LM head are not trained.
-        slm_shape: Make a new SLM of this shape instead: `t5-256x4` has the width 256 and 4 layers (an encoder-decoder 4 and 4).
-        slm_tokenizer: Of a new SLM: trained on the task's texts, or the LLM's.
-        fit_embeddings: Start the embeddings of an upper cut by `fit_slm_embeddings`.
+        slm_shape: Make a new SLM of this shape instead: `t5-256x4` has the width 256, and 4 and 4 layers. Its tokenizer is
+            trained on the task's texts.
         llm_layer, fusion, projector_init, projector_num_layers, projector_hidden_size, projector_norm, slm_encoder: As for
             `from_llm_slm_pretrained`; `None` leaves it to its defaults.
         freeze_slm: Train the projector alone.
@@ -88,8 +87,6 @@ class Cell:
     lora_rank: int | None = None
     slm_layers: int | tuple[int, ...] | None = None
     slm_shape: str | None = None
-    slm_tokenizer: Literal["data", "llm"] = "data"
-    fit_embeddings: bool = True
     fusion: str | None = None
     llm_layer: int | tuple[int, ...] | None = None
     projector_init: str | None = None

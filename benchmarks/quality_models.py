@@ -21,8 +21,6 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -117,36 +115,21 @@ def make_tokenizer(task: str) -> PreTrainedTokenizerFast:
 
 
 def new_slm(shape: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A small model with random weights, such as `t5-256x4` or `llama-256x4`."""
-    kind, _, size = shape.partition("-")
-    width, layers = map(int, size.split("x"))
-    vocab_size = 64 * -(-len(tokenizer) // 64)
-    ends: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    if kind == "t5":
-        return T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=vocab_size,
-                d_model=width,
-                d_ff=4 * width,
-                d_kv=64,
-                num_heads=width // 64,
-                num_layers=layers,
-                num_decoder_layers=layers,
-                feed_forward_proj="gated-gelu",
-                decoder_start_token_id=tokenizer.pad_token_id,
-                **ends,
-            )
-        )
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 64,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            **ends,
+    """A small model with random weights, such as `t5-256x4`."""
+    width, layers = map(int, shape.removeprefix("t5-").split("x"))
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=64 * -(-len(tokenizer) // 64),
+            d_model=width,
+            d_ff=4 * width,
+            d_kv=64,
+            num_heads=width // 64,
+            num_layers=layers,
+            num_decoder_layers=layers,
+            feed_forward_proj="gated-gelu",
+            decoder_start_token_id=tokenizer.pad_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )
     )
 
@@ -154,20 +137,19 @@ def new_slm(shape: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 def processor_for(cell: Cell) -> LLM2SLMProcessor:
     """Of the hybrid, or, with the SLM's tokenizer, of the SLM alone."""
     llm_tokenizer = AutoTokenizer.from_pretrained(llm_path(cell.llm))
-    if cell.slm_shape is None and cell.llm == SMOLLM2:
+    if cell.slm_shape is not None:
+        tokenizer = make_tokenizer(cell.task)
+        return LLM2SLMProcessor(
+            tokenizer,
+            llm_tokenizer,
+            fusion=cell.fusion or "align",
+            slm_is_encoder_decoder=True,
+            decoder_start_token_id=tokenizer.pad_token_id,
+        )
+    if cell.llm == SMOLLM2:
         return LLM2SLMProcessor(llm_tokenizer, fusion=cell.fusion or "replace", slm_is_encoder_decoder=False)
-    if cell.slm_shape is None:
-        tokenizer = AutoTokenizer.from_pretrained(llm_path(SMOLLM2))
-        return LLM2SLMProcessor(tokenizer, llm_tokenizer, fusion="align", slm_is_encoder_decoder=False)
-    tokenizer = make_tokenizer(cell.task) if cell.slm_tokenizer == "data" else llm_tokenizer
-    seq2seq = cell.slm_shape.startswith("t5")
-    return LLM2SLMProcessor(
-        tokenizer,
-        llm_tokenizer,
-        fusion=cell.fusion or ("align" if cell.slm_tokenizer == "data" else "add"),
-        slm_is_encoder_decoder=seq2seq,
-        decoder_start_token_id=tokenizer.pad_token_id if seq2seq else None,
-    )
+    tokenizer = AutoTokenizer.from_pretrained(llm_path(SMOLLM2))
+    return LLM2SLMProcessor(tokenizer, llm_tokenizer, fusion="align", slm_is_encoder_decoder=False)
 
 
 def arguments_of(cell: Cell, *names: str) -> dict[str, Any]:
@@ -193,7 +175,7 @@ def compose(cell: Cell, processor: LLM2SLMProcessor, llm: str) -> LLM2SLMForCond
     model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
         llm, fusion=processor.fusion, processor=processor, llm_dtype=LLM_DTYPE, **options
     )
-    if model.config.slm_layers and model.config.slm_layers[0] > 0 and cell.fit_embeddings:
+    if model.config.slm_layers and model.config.slm_layers[0] > 0:
         fit_slm_embeddings(model, processor, prompts)
     return model
 
