@@ -5,14 +5,14 @@ How fast LLM, SLM and LLM-to-SLM write, eager and exported, beside the LLM's oth
     python benchmarks/speed.py --trained CHECKPOINT --prompts FILE.jsonl [--pair none]
 
 Pairs of published sizes, with random weights, or with those of the checkpoints in the folder `--models`. For each pair all
-contestants are loaded into one process and run one after another in rounds, after a short one to warm up, so that a load that
+contestants are loaded into one process (CTranslate2, which would slow torch there, into one beside it) and run one after another in rounds, after a short one to warm up, so that a load that
 comes and goes on the machine meets all of them. Everything is greedy (or by beams) and always of the length that is asked for. The
 conditions are a base, 128 tokens in and 128 out, batch size 1, and for the pair of T5 others that differ from it in one thing each.
 
     LLM                     its own `generate`; and in bfloat16
     SLM alone               its own `generate` on the encoded prompt; in the base also with static cache and torch.compile
     hybrid                  the LLM-to-SLM model; in the base also with its LLM in bfloat16
-    ..., decoding layout    (base) LLM and hybrid after `to_decoding_layout`
+    ..., linear layers ...  (base) the LLM with the linear layers for few rows that SLM and hybrid write with
     hybrid, onnx ...        the model exported for ONNX Runtime and OpenVINO
     LLM, ctranslate2 int8   the whole LLM in CTranslate2
     assisted, 70 % ...      (base) transformers' assisted generation with the SLM as assistant, at given acceptance rates: the
@@ -41,6 +41,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -50,9 +51,8 @@ from speed_report import (
     COMPILED,
     CT2,
     HYBRID_BF16,
-    HYBRID_LAID_OUT,
+    LLM_ALIKE,
     LLM_BF16,
-    LLM_LAID_OUT,
     assisted_name,
     checks,
     show,
@@ -85,8 +85,10 @@ from transformers_llm2slm.contestants import (
     read_by_llm,
     read_by_slm,
     slm_contestant,
+    with_few_row_linears,
 )
 from transformers_llm2slm.exported import LLM2SLMExportedModel
+from transformers_llm2slm.few_rows import few_row_linears
 from transformers_llm2slm.measurements import provenance
 from transformers_llm2slm.speed import Decoding, memory_bandwidth, seconds_of, spread, step_bytes
 
@@ -94,6 +96,8 @@ RATES = (0.5, 0.7, 0.9)
 # Exports that take part in the rounds; that of OpenVINO in float32 is among the steps alone.
 RACING = (("onnx", False), ("onnx", True), ("openvino", True))
 LIBRARIES = ("onnxruntime", "openvino", "ctranslate2")
+# A step of the SLM by PyTorch's linear layers.
+PLAIN = "eager, PyTorch's linear layers"
 # Seconds before each contestant, for the threads of the one before to fall asleep.
 PAUSE = 0.05
 WARM_UP_TOKENS, START_UP_TOKENS, MIN_ROUNDS = 8, 16, 2
@@ -113,13 +117,12 @@ def contestants_for(
     slm = slm_contestant(model, inputs, conditions)
     found = {LLM if whole else LLM_BF16: llm_contestant(llm, inputs, conditions)}
     found |= {SLM: slm, HYBRID if whole else HYBRID_BF16: hybrid_contestant(model, inputs, conditions, slm.step_bytes)}
+    if base and whole:
+        found[LLM_ALIKE] = with_few_row_linears(found[LLM], llm)
     if base and loaded.halved is not None:
         halved = loaded.halved
         found[LLM_BF16] = llm_contestant(halved.model.whole_llm, inputs, conditions)
         found[HYBRID_BF16] = hybrid_contestant(halved, inputs, conditions, slm.step_bytes)
-    if base and loaded.laid_out is not None:
-        found[LLM_LAID_OUT] = llm_contestant(loaded.laid_out.model.whole_llm, inputs, conditions)
-        found[HYBRID_LAID_OUT] = hybrid_contestant(loaded.laid_out, inputs, conditions, slm.step_bytes)
     for label in [export_label(*kind) for kind in RACING if export_label(*kind) in loaded.exported]:
         other = loaded.exported[label]
         precision = (torch.float32, int8_block_of(other))
@@ -259,7 +262,7 @@ def measure_steps(loaded: Loaded, conditions: Conditions, rounds: int) -> dict[s
     prompt, read = model.model.slm_prompt(model.encode_prompt(**inputs)), read_by_slm(model, inputs)
     kinds: dict[str, tuple[Any, dict[str, Any], dict[str, Any], tuple[Any, ...]]] = {
         "eager": (model.slm, prompt, read, ()),
-        **({"decoding layout": (loaded.laid_out.slm, prompt, read, ())} if loaded.laid_out else {}),
+        PLAIN: (model.slm, prompt, read, ()),
         "compiled, static cache": (model.slm, prompt | compiling(), {}, ()),
     }
     for label, other in loaded.exported.items():
@@ -285,7 +288,8 @@ def measure_steps(loaded: Loaded, conditions: Conditions, rounds: int) -> dict[s
                 continue
             time.sleep(PAUSE)
             try:
-                row = {"in generate": in_generate(slm, arguments)} | ({"bare": bare(slm, state)} if state else {})
+                with nullcontext() if label == PLAIN else few_row_linears(slm):
+                    row = {"in generate": in_generate(slm, arguments)} | ({"bare": bare(slm, state)} if state else {})
             except Exception as error:
                 failures[label] = f"{type(error).__name__}: {error}"[:2000]
                 seconds.pop(label, None)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from generate_overhead import T5_LARGE, T5_SMALL, T5_V1_1, smollm2_config
-from speed_rivals import CTranslate2, convert_to_ctranslate2
+from speed_rivals import CTranslate2Process, convert_to_ctranslate2
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
@@ -235,16 +235,15 @@ def bytes_on_disk(model: LLM2SLMForConditionalGeneration, folder: pathlib.Path) 
 class Loaded:
     """
     What the contestants of a pair are made of, all in one process. `halved` are LLM and hybrid with the LLM in bfloat16;
-    they share the SLM with `model`. `laid_out` are both in float32 after `to_decoding_layout`.
+    they share the SLM with `model`.
     """
 
     pair: SpeedPair
     folder: pathlib.Path
     model: LLM2SLMForConditionalGeneration
     halved: LLM2SLMForConditionalGeneration | None
-    laid_out: LLM2SLMForConditionalGeneration | None
     exported: dict[str, LLM2SLMExportedModel]
-    ctranslate2: CTranslate2 | None
+    ctranslate2: CTranslate2Process | None
 
     @property
     def llm(self) -> PreTrainedModel:
@@ -254,13 +253,11 @@ class Loaded:
 def load(pair: SpeedPair, folder: pathlib.Path) -> Loaded:
     """Load what `prepare` has made."""
     model = load_hybrid(folder, "llm", load_llm="whole")
-    halved = laid_out = None
+    halved = None
     if pair.llm_dtype == torch.float32:
         halved = load_hybrid(folder, "llm-bfloat16", load_llm="whole")
         halved.model.slm, halved.model.projector = model.model.slm, model.model.projector
-        laid_out = load_hybrid(folder, "llm", load_llm="whole").to_decoding_layout()
-    variants = [it for it in (model, halved, laid_out) if it is not None]
-    for writer in [part for it in variants for part in (it.slm, it.model.whole_llm)]:
+    for writer in [part for it in (model, halved) if it is not None for part in (it.slm, it.model.whole_llm)]:
         # Where an argument of `generate` does not reach: an assistant asks its own configuration.
         writer.generation_config.eos_token_id = None
     labels = [export_label(*kind) for kind in EXPORTS]
@@ -269,8 +266,8 @@ def load(pair: SpeedPair, folder: pathlib.Path) -> Loaded:
         for label in labels
         if label in json.loads((folder / "prepared.json").read_text())["seconds"]
     }
-    ct2 = CTranslate2(converted) if (converted := folder / "ctranslate2").exists() else None
-    return Loaded(pair, folder, model, halved, laid_out, exported, ct2)
+    ct2 = CTranslate2Process(converted) if (converted := folder / "ctranslate2").exists() else None
+    return Loaded(pair, folder, model, halved, exported, ct2)
 
 
 def load_hybrid(folder: pathlib.Path, llm: str, **options: Any) -> LLM2SLMForConditionalGeneration:

@@ -429,25 +429,3 @@ def test_encoder_runs_once_per_prompt(zoo, slm):
     model.slm.get_encoder().register_forward_hook(lambda *_: calls.append(1))
     model.generate(**make_batch(processor), num_beams=3, max_new_tokens=4)
     assert len(calls) == 1
-
-
-@pytest.mark.parametrize("slm", ["t5", "llama", "gpt2"])
-def test_decoding_layout_changes_memory_only(zoo, tmp_path, slm):
-    model, processor = zoo.compose(Pair("llama", slm, "replace"))
-    batch = make_batch(processor)
-    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
-    expected = model.generate(**batch, **options)
-    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-
-    assert model.to_decoding_layout() is model
-    head = model.get_output_embeddings().weight
-    assert head.stride() == (1, head.shape[0])
-    assert (model.get_input_embeddings().weight is head) == tied
-    assert torch.equal(model.generate(**batch, **options), expected)
-
-    model.save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(tmp_path, llm_model=model.llm)
-    assert loaded.get_output_embeddings().weight.is_contiguous()
-    assert all(torch.equal(tensor, weights[key]) for key, tensor in loaded.state_dict().items())
-    assert torch.equal(loaded.generate(**batch, **options), expected)

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -65,13 +64,6 @@ def keep_first_names(module: nn.Module, state_dict: dict[str, Any], prefix: str,
     seconds = tuple(f"{prefix}{name}." for name, submodule in named if first.setdefault(submodule, name) != name)
     for key in [key for key in state_dict if key.startswith(seconds)]:
         del state_dict[key]
-
-
-def row_by_row(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Hook after `state_dict()`: tensors as files hold them, where `to_decoding_layout` has laid them out column by column."""
-    for key, value in state_dict.items():
-        if key.startswith(prefix) and isinstance(value, torch.Tensor):
-            state_dict[key] = value.contiguous()
 
 
 def checkpoint_state_dict(model: PreTrainedModel, state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
 
+from .few_rows import few_row_linears
 from .lossless import drafting_by, num_equal, slm_inputs
 from .speed import Decoding, spread, step_bytes, times_in_rounds
 
@@ -157,8 +158,8 @@ def slm_contestant(
     model: LLM2SLMForConditionalGeneration, inputs: Prompts, conditions: Conditions, **options: Any
 ) -> Contestant:
     """
-    The SLM's own `generate`, on prompts that are encoded already: it reads them as it would read its own embeddings of them,
-    by its encoder if it has one.
+    The SLM's own `generate`, with the hybrid's linear layers, on prompts that are encoded already: it reads them as it would read
+    its own embeddings of them, by its encoder if it has one.
     """
     prompt = model.model.slm_prompt(model.encode_prompt(**inputs))
     before = 1 if model.slm.config.is_encoder_decoder else 0
@@ -167,7 +168,18 @@ def slm_contestant(
         # A copy, as `generate` takes out what it has used.
         return model.slm.generate(**dict(prompt), **conditions.arguments(new_tokens), **options)[:, before:]
 
-    return Contestant(write, step_bytes=least_bytes(model.slm, read_by_slm(model, inputs), conditions))
+    contestant = Contestant(write, step_bytes=least_bytes(model.slm, read_by_slm(model, inputs), conditions))
+    return with_few_row_linears(contestant, model.slm)
+
+
+def with_few_row_linears(contestant: Contestant, model: PreTrainedModel) -> Contestant:
+    """A contestant whose model has the linear layers that a hybrid writes with."""
+
+    def write(new_tokens: int) -> torch.Tensor:
+        with few_row_linears(model):
+            return contestant.write(new_tokens)
+
+    return replace(contestant, write=write)
 
 
 def hybrid_contestant(

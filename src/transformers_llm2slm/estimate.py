@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from .checkpoint import checkpoint_state_dict
 from .composition import defaults_of_cut, defaults_of_key_values
 from .configuration_llm2slm import LLM2SLMConfig, decoder_text_config, encoder_text_config
+from .few_rows import few_row_linears
 from .key_values import KeyValueProjector
 from .loading import cut_config, llm_position_limit, llm_skeleton
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -139,7 +140,7 @@ def estimate(
     """
     Estimate how fast a hybrid would be beside the LLM on this machine, and what memory it takes, from their configurations.
 
-    Both write by transformers' own `generate`, greedy or with beams, on the processor, with as many threads as torch has now.
+    The LLM writes by its own `generate`, the SLM as in a hybrid, greedy or with beams, on the processor, with as many threads as torch has now.
     Prompts are counted as equally long in the tokens of both.
 
     Args:
@@ -290,7 +291,8 @@ def measure_times(
     timings = {(name, what): timing for name, writer in writers.items() for what, timing in writer.timings().items()}
     if not slm.is_encoder_decoder:
         del timings["slm", "read"]
-    take_times(timings.values(), seconds)
+    with few_row_linears(slm.model):
+        take_times(timings.values(), seconds)
     reading = timings["llm", "read"]
     num_layers = len(reading.stack)
     written = {

@@ -10,10 +10,10 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 
 from .configuration_llm2slm import check_choice
+from .few_rows import few_row_linears
 from .lossless import generate_lossless
 from .prompt import LLM2SLMPrompt, without_prompt_length
 from .shortlist import shortlisted
-from .structure import lay_out_for_decoding
 
 if TYPE_CHECKING:
     from .modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -44,20 +44,6 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         self.generation_config.shortlist = None if value is None else list(value)
         # A config that was derived from a model's is read back without what it was given since.
         self.generation_config._from_model_config = False
-
-    def to_decoding_layout(self: LLM2SLMForConditionalGeneration) -> LLM2SLMForConditionalGeneration:
-        """
-        Lay out the SLM, and the LLM if it is here as a whole, for steps of one token on a CPU: linear layers in float32 hold their
-        weights column by column. Results are the same but for rounding; it takes about a second for each GB of weights. A model
-        that is to be trained on is better loaded anew.
-
-        Returns:
-            The model itself.
-        """
-        for part in (self.slm, self.model.whole_llm):
-            if part is not None:
-                lay_out_for_decoding(part)
-        return self
 
     @torch.no_grad()
     def generate(
@@ -102,7 +88,10 @@ class LLM2SLMGenerationMixin(GenerationMixin):
             prompt_kwargs["input_ids"] = inputs
         if shortlist is None:
             shortlist = getattr(generation_config, "shortlist", self.shortlist)
-        with shortlisted(self.slm, shortlist, self.generation_config, generation_config, kwargs):
+        with (
+            shortlisted(self.slm, shortlist, self.generation_config, generation_config, kwargs),
+            few_row_linears(self),
+        ):
             if mode == "lossless":
                 return self._generate_lossless(prompt, prompt_kwargs, generation_config, *args, **kwargs)
             if prompt is None:

@@ -22,7 +22,6 @@ from .checkpoint import (
     keep_first_names,
     llm_left_out,
     record_llm_precision,
-    row_by_row,
 )
 from .composition import compose
 from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig, check_choice
@@ -123,7 +122,6 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
         self.llm: PreTrainedModel | None = None
         self.whole_llm: PreTrainedModel | None = None
         self.register_state_dict_post_hook(keep_first_names)
-        self.register_state_dict_post_hook(row_by_row)
         self.register_load_state_dict_post_hook(expect_checkpoint_keys)
         self.post_init()
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .structure import lay_out_for_decoding
+from .few_rows import few_row_linear
 
 if TYPE_CHECKING:
     from .processing_llm2slm import LLM2SLMProcessor
@@ -88,12 +88,10 @@ class ShortlistHead(nn.Linear):
             self.bias = nn.Parameter(head.bias.detach()[chosen], requires_grad=False)
         self.register_buffer("token_ids", chosen)
         self.register_buffer("unlisted", torch.ones_like(whole[:, 0], dtype=torch.bool).index_fill(0, chosen, False))
-        if not whole.is_contiguous():
-            lay_out_for_decoding(self)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits of shape `(..., vocab_size)`."""
-        listed = super().forward(hidden_states)
+        listed = few_row_linear(hidden_states, self.weight, self.bias)
         logits = listed.new_full((*listed.shape[:-1], self.vocab_size), -torch.inf)
         return logits.index_copy(-1, self.token_ids, listed)
 
@@ -101,7 +99,7 @@ class ShortlistHead(nn.Linear):
 def _state(head: Any, token_ids: Sequence[int], required: set[int]) -> tuple[Any, ...]:
     """What tells whether a shortlist's head has to be made anew."""
     weight = head.weight
-    same = id(weight), weight._version, weight.data_ptr(), weight.stride(), weight.dtype
+    same = id(weight), weight._version, weight.data_ptr(), weight.dtype
     return *same, list(token_ids), required
 
 

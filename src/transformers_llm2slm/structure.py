@@ -164,20 +164,6 @@ def move_padding(tensor: torch.Tensor, mask: torch.Tensor, side: Literal["left",
     return tensor.gather(1, order.expand(tensor.shape))
 
 
-@torch.no_grad()
-def lay_out_for_decoding(model: nn.Module) -> None:
-    """
-    Hold the matrices of linear layers column by column in memory, where they are in float32 on a CPU; shapes and values stay.
-
-    A decoding step multiplies each with a single row, which BLAS libraries may do several times as fast in this layout.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            weight = module.weight
-            if weight.device.type == "cpu" and weight.dtype is torch.float32:
-                weight.data = weight.data.t().contiguous().t()
-
-
 def layer_list(model: nn.Module, num_layers: int) -> str:
     """Name of the `nn.ModuleList` that holds the `num_layers` layers of `model`."""
     for name, module in model.named_modules():
