@@ -57,7 +57,8 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         r"""
-        Read the prompt once and let the SLM write: this is the SLM's own `generate`, fed with the fused prompt.
+        Read the prompt once and let the SLM write: this is the SLM's own `generate`, fed with the fused prompt. In float32 on an x86
+        CPU, linear layers multiply few rows as [`few_row_linear`] does while it runs: faster, and the same but for rounding.
 
         Args:
             inputs (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*): `input_ids` by another name.
