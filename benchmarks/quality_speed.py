@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from quality_cells import HYBRID, SLM, TUNED, Cell
+from quality_cells import SLM, TUNED, Cell
 from quality_models import contestant_for, rows_for
-from quality_tables import MAIN
+from quality_tables import MAIN, teacher_cell
 
 from transformers_llm2slm.few_rows import few_row_linears
 from transformers_llm2slm.measurements import provenance
@@ -37,12 +37,11 @@ def measure(folder: pathlib.Path, tasks: Sequence[str], rounds: int) -> None:
         of_cell = {cell: name for name, cell in reversed(alike.items())}
         for row in sorted(MAIN[task], key=lambda row: row.cells[0].contestant != TUNED):
             if of_cell[alike[row.name]] == row.name:
-                writers[row.name] = writer(row.cells[0], few_rows=row.cells[0].contestant in (SLM, HYBRID))
-        llm = next(iter(writers))
-        writers[ALIKE] = writer(next(row.cells[0] for row in MAIN[task] if row.name == llm), few_rows=True)
+                writers[row.name] = writer(row.cells[0], few_rows=row.cells[0].contestant == SLM)
+        writers[ALIKE] = writer(teacher_cell(task), few_rows=True)
         figures = measure_speed(writers, NEW_TOKENS, rounds)
         for own in figures.values():
-            for name, other in (("decoding, times the LLM", llm), (ALIKE, ALIKE)):
+            for name, other in (("decoding, times the LLM", TUNED), (ALIKE, ALIKE)):
                 own[name] = figures[other]["further token, ms"] / own["further token, ms"]
         stored["figures"][task] = {name: figures[of_cell[cell]] for name, cell in alike.items()}
         print(f"{task}: " + ", ".join(f"{name} {own['tokens/s']:.1f} tokens/s" for name, own in figures.items()))
@@ -52,7 +51,8 @@ def measure(folder: pathlib.Path, tasks: Sequence[str], rounds: int) -> None:
 
 
 def writer(cell: Cell, few_rows: bool) -> Callable[[int], Any]:
-    """Reads the validation prompt of median length and writes so many tokens, by this library's linear layers or PyTorch's."""
+    """Reads the validation prompt of median length and writes so many tokens, by this library's linear layers or its own; a hybrid
+    has this library's of itself."""
     contestant = contestant_for(cell)
     contestant.model.float().eval()
     prompts = sorted((r["prompt"] for r in rows_for(cell, "validation", contestant.processor.llm_tokenizer)), key=len)

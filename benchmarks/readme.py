@@ -18,6 +18,7 @@ from typing import Any
 
 from quality_report import ablation_table, main_table, table, verdicts
 from quality_tables import MAIN
+from speed_report import started
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "benchmarks" / "results"
@@ -102,12 +103,10 @@ def speed() -> str:
     results = read("speed.json")
     pair = results["pairs"][T5]
     cell = base(pair)
-    startup = pair["start-up"]
     rows = []
     for name, shown in SPEED_ROWS.items():
         own = cell["figures"][name]
-        made_of = {"prompt lookup": "LLM", "LLM, linear layers of the hybrid": "LLM"}
-        start = startup.get("assisted" if name.startswith("assisted") else made_of.get(name, name))
+        start = started(pair, name)
         rows.append(
             [
                 shown,
