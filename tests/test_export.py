@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import PROMPTS, Pair, Zoo
-from transformers import AutoModel, AutoProcessor, pipeline
+from transformers import AutoModel, AutoProcessor, LogitsProcessorList, pipeline
 
 from transformers_llm2slm import LLM2SLMExportedModel, LLM2SLMForConditionalGeneration
 from transformers_llm2slm.cli import main
-from transformers_llm2slm.export_graphs import ATTENTION, export_attention, exporting, graphs_of
-from transformers_llm2slm.exported import check_export
+from transformers_llm2slm.export_graphs import ATTENTION, export_attention, export_mask, exporting, graphs_of
+from transformers_llm2slm.exported import ONE_THREAD, check_export
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -194,14 +195,66 @@ def test_what_is_exported_is_left_as_it_was(small, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_attention_of_graphs_is_attention():
+@pytest.mark.parametrize("length", [1, 3])
+def test_attention_of_graphs_is_attention(length):
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 6, 3, 8, generator=generator)
+    query = torch.randn(2, 6, length, 8, generator=generator)
     key, value = (torch.randn(2, 2, 5, 8, generator=generator) for _ in range(2))
-    mask = torch.randn(2, 1, 3, 5, generator=generator)
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
-    found, _ = export_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
-    torch.testing.assert_close(found.transpose(1, 2), expected)
+    mask, bias = torch.randn(2, 1, length, 5, generator=generator), torch.randn(1, 6, length, 5, generator=generator)
+    for biases in (
+        {"attention_mask": mask},
+        {"attention_mask": None, "position_bias": bias},
+        {"attention_mask": mask, "position_bias": bias},
+    ):
+        added = sum(tensor for tensor in biases.values() if tensor is not None)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, added, scale=0.3, enable_gqa=True
+        )
+        found, _ = export_attention(torch.nn.Module(), query, key, value, scaling=0.3, **biases)
+        torch.testing.assert_close(found.transpose(1, 2), expected)
+
+
+def test_mask_of_graphs_is_left_out_where_all_is_seen():
+    sizes = {"batch_size": 1, "kv_length": 5, "q_offset": 4, "dtype": torch.float32}
+    assert export_mask(q_length=1, allow_is_causal_skip=True, **sizes) is None
+    for needed in (
+        {"attention_mask": torch.tensor([[0, 1, 1, 1, 1]]).bool()},
+        {"local_size": 2},
+        {"allow_is_causal_skip": False},
+    ):
+        assert export_mask(q_length=1, **{"allow_is_causal_skip": True} | sizes | needed).shape == (1, 1, 1, 5)
+    assert (export_mask(q_length=2, allow_is_causal_skip=True, **sizes | {"q_offset": 3}) < 0).sum() == 1
+
+
+def test_runtime_has_the_cores_to_itself(exported):
+    """Torch is on one thread while an export writes, and then on as many as before, also after calls in other threads."""
+    _, processor, graphs = exported
+    inputs = processor(text=PROMPTS[:1], return_tensors="pt")
+    seen = []
+
+    def note(input_ids, scores):
+        seen.append(torch.get_num_threads())
+        return scores
+
+    def write():
+        graphs.generate(**inputs, **GREEDY, logits_processor=LogitsProcessorList([note]))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+
+            def write_in_another_thread():
+                pool.submit(write).result()
+                return pool.submit(torch.get_num_threads).result()
+
+            with ONE_THREAD:  # as in a call that the other thread begins within
+                assert write_in_another_thread() == 3
+        assert torch.get_num_threads() == 3
+        write()
+        assert torch.get_num_threads() == 3 and set(seen) == {1}
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_cannot_be_exported_is_refused(small, tmp_path):

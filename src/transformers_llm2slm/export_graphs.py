@@ -172,6 +172,9 @@ def export_attention(
     """
     batch, heads, length, size = query.shape
     groups = key.shape[1]
+    # Moving the heads past a single token moves nothing: what was done so is undone, and is a reshape.
+    one_token = isinstance(length, int) and length == 1
+    query = query.transpose(1, 2).reshape(batch, heads, 1, size) if one_token else query
     query = query * (size**-0.5 if scaling is None else scaling)
     shared = heads != groups
     # Where the length is free, a shape that is spelled out keeps the converter from losing the rank further on (GPT-2).
@@ -181,17 +184,37 @@ def export_attention(
     scores = scores.reshape(batch, heads, length, -1) if shared else scores
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    for bias in (position_bias, attention_mask):
-        if bias is not None:
-            scores = scores + bias
+    if position_bias is not None:
+        # Both biases are the same in every layer, so the graph adds them up once. Before the scores, and not behind them, as the
+        # attention that such a sum would be fused to is slower.
+        scores = (position_bias if attention_mask is None else position_bias + attention_mask) + scores
+    elif attention_mask is not None:
+        scores = scores + attention_mask
     weights = scores.softmax(dim=-1)
     weights = weights.reshape(batch, groups, -1, key.shape[2]) if shared else weights
     output = weights @ value
+    if one_token:
+        return output.reshape(batch, 1, heads, size), None
     return (output.reshape(batch, heads, length, size) if shared else output).transpose(1, 2), None
 
 
+def export_mask(
+    *,
+    q_length: int,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The mask of eager attention, and none where the graph takes a single token that may look at all that is behind it."""
+    one_token = isinstance(q_length, int) and q_length == 1
+    if one_token and allow_is_causal_skip and attention_mask is None and local_size is None:
+        return None
+    return eager_mask(q_length=q_length, attention_mask=attention_mask, local_size=local_size, **kwargs)
+
+
 AttentionInterface.register(ATTENTION, export_attention)
-AttentionMaskInterface.register(ATTENTION, eager_mask)
+AttentionMaskInterface.register(ATTENTION, export_mask)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 class Session:
     """
-    One graph in its runtime: tensors by name in, tensors by name out. Lists of tensors have a number behind their name.
+    One graph in its runtime: tensors and lists of tensors by name in, and out.
 
     Args:
         runner: A runner of transformers' exporters.
@@ -41,30 +42,43 @@ class Session:
             # Bound here, below onnxruntime's wrappers and only where something has changed: a step of a small model is shorter
             # than what the runner and the wrappers do to prepare it.
             self.binding, self.device = self.session.io_binding(), OrtDevice.make("cpu", 0)._get_c_device()
-            self.inputs = [spec.name for spec in self.session.get_inputs()]
+            self.inputs = by_key(spec.name for spec in self.session.get_inputs())
             self.outputs = [spec.name for spec in self.session.get_outputs()]
+            self.places = by_key(self.outputs)
             self.bound: dict[str, torch.Tensor] = {}
 
-    def __call__(self, **tensors: torch.Tensor | list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def __call__(self, **tensors: torch.Tensor | list[torch.Tensor]) -> dict[str, Any]:
         if self.session is None:
-            outputs = self.runner(**tensors)
-            return {name: tensor for key in outputs for name, tensor in flat(key, outputs[key]).items()}
-        given = {name: tensor for key, value in tensors.items() for name, tensor in flat(key, value).items()}
+            return self.runner(**tensors)
         bind = self.binding._iobinding
-        for name in self.inputs:
-            tensor = given[name]
-            if self.bound.get(name) is tensor:  # keys and values of the prompt, in every step
-                continue
-            held = tensor.contiguous()
-            # A null pointer, as an empty tensor has, is refused.
-            held = held if held.numel() else held.new_empty(1)
-            bind.bind_input(name, self.device, ELEMENT_TYPES[held.dtype], tuple(tensor.shape), held.data_ptr())
-            self.bound[name] = held  # alive until something else is bound
+        for key, names in self.inputs.items():
+            value = tensors[key]
+            for name, tensor in zip(names, [value] if isinstance(value, torch.Tensor) else value, strict=True):
+                if self.bound.get(name) is tensor:  # keys and values of the prompt, in every step
+                    continue
+                held = tensor.contiguous()
+                # A null pointer, as an empty tensor has, is refused.
+                held = held if held.numel() else held.new_empty(1)
+                bind.bind_input(name, self.device, ELEMENT_TYPES[held.dtype], tensor.shape, held.data_ptr())
+                self.bound[name] = held  # alive until something else is bound
         for name in self.outputs:
             bind.bind_output(name, self.device)
         self.session.run_with_iobinding(self.binding)
-        values = bind.get_outputs()
-        return {name: torch.from_dlpack(values[index].to_dlpack()) for index, name in enumerate(self.outputs)}
+        made = dict(zip(self.outputs, bind.get_outputs().to_dlpacks(torch.utils.dlpack.from_dlpack), strict=True))
+        return {
+            key: made[key] if key in made else [made[name] for name in names] for key, names in self.places.items()
+        }
+
+
+def by_key(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of a graph's tensors: each by itself, and those of a list, which have a number behind a dot, in its order."""
+    keys: dict[str, list[str]] = {}
+    for name in names:
+        keys.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    return {
+        key: sorted(own, key=lambda name: int(name.rpartition(".")[2]) if name != key else 0)
+        for key, own in keys.items()
+    }
 
 
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
@@ -84,9 +98,29 @@ def thread_options(format: str, threads: int) -> dict[str, Any]:
     return {"session_options": options}
 
 
-def flat(name: str, value: torch.Tensor | list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A tensor by its name; a list by its name and places."""
-    return {name: value} if isinstance(value, torch.Tensor) else {f"{name}.{i}": item for i, item in enumerate(value)}
+class OneThread:
+    """
+    Torch on one thread for as long as a block runs, in this thread of the process and others that do the same. Torch's threads stay
+    awake for a while after what they did together, such as choosing among many logits, on the cores that a runtime needs next.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.threads = threading.Lock(), 0, 1
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:  # a thread that is new to torch begins with what another has set
+                self.threads = torch.get_num_threads()
+            self.inside += 1
+            torch.set_num_threads(1)
+
+    def __exit__(self, *exception: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            torch.set_num_threads(self.threads)
+
+
+ONE_THREAD = OneThread()
 
 
 # The SLM -----------------------------------------------------------------------------------------------------------------
@@ -116,7 +150,7 @@ class ExportedSLM(PreTrainedModel, GenerationMixin):
         return torch.float32
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, with a cache that keeps all of every layer, as the graphs take it."""
+        """transformers' own on one thread of torch, with a cache that keeps all of every layer, as the graphs take it."""
         config = kwargs.get("generation_config") or self.generation_config
         implementation = kwargs.get("cache_implementation") or config.cache_implementation
         if implementation not in (None, "dynamic"):
@@ -126,7 +160,8 @@ class ExportedSLM(PreTrainedModel, GenerationMixin):
         if kwargs.get("cache") is None:
             seq2seq = self.config.is_encoder_decoder
             kwargs["cache"] = EncoderDecoderCache(DynamicCache(), DynamicCache()) if seq2seq else DynamicCache()
-        return super().generate(*args, **kwargs)
+        with ONE_THREAD:
+            return super().generate(*args, **kwargs)
 
     def step(self, cache: DynamicCache, batch_size: int, **inputs: Any) -> torch.Tensor:
         """Logits after new tokens, whose keys and values `cache` takes."""
@@ -139,8 +174,8 @@ class ExportedSLM(PreTrainedModel, GenerationMixin):
         elif (rows := len(cache.layers[0].keys)) != batch_size:  # beams share the prompt that the cache begins with
             cache.batch_repeat_interleave(batch_size // rows)
         outputs = self.sessions["step"](**inputs, **cache_tensors(cache))
-        for index, layer in enumerate(cache.layers):
-            layer.keys, layer.values = outputs[f"new_keys.{index}"], outputs[f"new_values.{index}"]
+        for layer, keys, values in zip(cache.layers, outputs["new_keys"], outputs["new_values"], strict=True):
+            layer.keys, layer.values = keys, values
         return outputs["logits"]
 
 
@@ -159,15 +194,14 @@ class ExportedSeq2SeqSLM(ExportedSLM):
     ) -> Seq2SeqLMOutput:
         cache = cache if cache is not None else past_key_values
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if cache is None else cache
-        states = encoder_outputs[0]
         own, cross = cache.self_attention_cache, cache.cross_attention_cache
         if not cross.layers:
-            made = self.sessions["cross"](prompt_states=states)
-            tensors = [[made[f"cross_{name}.{i}"] for i in range(len(made) // 2)] for name in ("keys", "values")]
-            cross.layers = filled_cache(*tensors).layers
+            made = self.sessions["cross"](prompt_states=encoder_outputs[0])
+            cross.layers = filled_cache(made["cross_keys"], made["cross_values"]).layers
             cache.is_updated = dict.fromkeys(range(len(cross.layers)), True)
-        mask = torch.ones(states.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
-        fixed = {"attention_mask": mask, **cache_tensors(cross, "cross_")}
+        if attention_mask is None:
+            attention_mask = torch.ones(encoder_outputs[0].shape[:2], dtype=torch.long)
+        fixed = {"attention_mask": attention_mask, **cache_tensors(cross, "cross_")}
         for token in decoder_input_ids.split(1, dim=1):  # the graph takes one at a time
             logits = self.step(own, len(token), decoder_input_ids=token, **fixed)
         return Seq2SeqLMOutput(logits=logits, cache=cache)
