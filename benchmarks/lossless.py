@@ -12,22 +12,21 @@ code is 1 if any output differs, a prompt was read more than once, or the sample
 
 - encoder-decoder: the size of T5 v1.1 base, random weights, random token ids as prompts. The SLM is cut from the LLM; so that it
   agrees with the LLM most of the time, as a trained one does, what the LLM's other layers add is damped.
-- decoder-only: a trained hybrid with the LLM that its checkpoint names (`--checkpoint`), or an LLM and an untrained cut of its
-  top 4 layers (`--llm`), both with texts as prompts (`--prompts`, column `prompt`); by default the size of SmolLM2-135M, damped
-  like the above.
+- decoder-only: an LLM (`--llm`, SmolLM2-135M-Instruct by default) and an untrained cut of its top 4 layers, or a trained hybrid
+  with the LLM that its checkpoint names (`--checkpoint`), with texts as prompts (`--prompts`, column `prompt`; descriptions of
+  software packages by default).
 - samples: the distribution of the second and third sampled tokens, for tiny LLMs of both kinds with a vocabulary of 6 tokens,
   against the exact one, by a chi-square test.
 - assisted generation: the same drafts by transformers' own `assistant_model=`, 5 tokens each, from an SLM that reads the same
   prompt for itself (the LLM's bottom layers), so that only what surrounds the two models differs; and that transformers drafts
   before the LLM has read the prompt, which the hybrid can't, so it takes a round less. Responses are twice as long as above.
 
-With `--count 4 --new-tokens 8 --samples 100 --small` it is a test of this script.
+With `--count 4 --new-tokens 8 --samples 100 --small` it is a test of this script: both LLMs are tiny and random then.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import pathlib
 import statistics
@@ -39,6 +38,7 @@ from typing import Any
 
 import torch
 from generate_overhead import T5_V1_1, smollm2_config, timed
+from speed_trained import read_prompts
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -51,6 +51,11 @@ from transformers.utils import logging
 
 from transformers_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
 from transformers_llm2slm.measurements import provenance, without_path
+
+PROJECT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT / "examples"))
+
+from prepare_models import prepare  # noqa: E402
 
 PROMPT_LENGTH = 64
 T5_BASE = T5_V1_1 | {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12}
@@ -137,8 +142,7 @@ def prompts_for(model: LLM2SLMForConditionalGeneration, maker: Any, options: arg
         shape = (options.count + 1, 1, PROMPT_LENGTH)
         ids = torch.randint(3, size, shape, generator=generator)
         return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
-    with options.prompts.open(encoding="utf-8") as lines:
-        texts = [json.loads(line)["prompt"] for line in itertools.islice(lines, options.count + 1)]
+    texts = read_prompts(options.prompts, options.count + 1)
     if len(texts) < options.count + 1:
         raise SystemExit(
             f"{options.prompts} holds {len(texts)} prompts, but --count {options.count} takes {options.count + 1}: one is to "
@@ -409,10 +413,15 @@ def print_row(name: str, result: Mapping[str, Any]) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--llm", help="a decoder-only LLM, of which an untrained cut drafts")
+    group.add_argument(
+        "--llm", help="a decoder-only LLM, of which an untrained cut drafts; SmolLM2-135M-Instruct by default"
+    )
     group.add_argument("--checkpoint", help="a trained hybrid with a decoder-only LLM")
     parser.add_argument(
-        "--prompts", type=pathlib.Path, help="JSON lines with a column `prompt`, for --llm, --checkpoint"
+        "--prompts",
+        type=pathlib.Path,
+        default=PROJECT / "examples" / "data" / "synopsis-validation.jsonl.gz",
+        help="JSON lines (also .gz) with a column `prompt`, for the decoder-only LLM",
     )
     parser.add_argument("--count", type=int, default=200, help="prompts for each kind of LLM, 200 by default")
     parser.add_argument("--new-tokens", type=int, default=20, help="the longest response, 20 by default")
@@ -431,6 +440,8 @@ def main() -> int:
     logging.disable_progress_bar()
     started = time.monotonic()
     command = f"python benchmarks/lossless.py --count {options.count} --new-tokens {options.new_tokens}"
+    if not (options.llm or options.checkpoint or options.small):
+        options.llm = str(prepare("smollm2-135m-instruct", PROJECT / "models"))
     names = {"llm": options.llm, "checkpoint": options.checkpoint, "prompts": options.prompts}
     named = {name: without_path(value) for name, value in names.items() if value is not None}
     report: dict[str, Any] = {
