@@ -31,7 +31,7 @@ demo: venv ## run the demonstration
 	$(BIN)/python examples/demo.py
 
 # Each script ends with an error if something misses its target; the others are to run all the same.
-bench: venv ## measure speed, and write the figures into README.md: about three hours on 2 idle cores
+bench: venv ## measure speed, and write the figures into README.md: about four hours on 2 idle cores
 	for script in few_rows speed "estimate --fresh" "serving --exported" lossless export_quality training generate_overhead; do \
 		set -- $$script; script=$$1; shift; env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/$$script.py $$@ || true; \
 	done

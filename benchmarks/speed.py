@@ -1,7 +1,7 @@
 """
 How fast LLM, SLM and LLM-to-SLM write, eager and exported, beside the LLM's other ways to decode.
 
-    python benchmarks/speed.py [--pair PAIR] [--rounds 3] [--sweep-rounds 2] [--models DIR] [--work-dir DIR] [--fresh]
+    python benchmarks/speed.py [--pair PAIR] [--rounds 7] [--sweep-rounds 2] [--models DIR] [--work-dir DIR] [--fresh]
     python benchmarks/speed.py --trained CHECKPOINT --prompts FILE.jsonl [--pair none]
 
 Pairs of published sizes, with random weights, or with those of the checkpoints in the folder `--models`. For each pair all
@@ -102,7 +102,7 @@ PLAIN = "eager, PyTorch's linear layers"
 PAUSE = 0.05
 WARM_UP_TOKENS, START_UP_TOKENS, MIN_ROUNDS = 8, 16, 2
 # The base may take so many times as long as a cell of the sweep.
-BASE_FACTOR = 16
+BASE_FACTOR = 36
 
 
 # Contestants ---------------------------------------------------------------------------------------------------------
@@ -417,7 +417,7 @@ def run_pair(pair: SpeedPair, options: argparse.Namespace, folder: pathlib.Path)
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=[*PAIRS, "none"], action="append", help="this pair only; repeatable")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the base, 3 by default")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of the base, 7 by default")
     parser.add_argument("--sweep-rounds", type=int, default=2, help="rounds of the other conditions, 2 by default")
     parser.add_argument(
         "--cell-seconds",
