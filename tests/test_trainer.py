@@ -126,7 +126,8 @@ def test_seq2seq_trainer_memorises(both, tmp_path):
         generation_max_length=24,
         per_device_eval_batch_size=3,
         learning_rate=2e-2,
-        max_steps=60,
+        lr_scheduler_type="linear",
+        max_steps=120,
     )
     before = trainer.evaluate()
     assert before["eval_exact"] == 0
@@ -158,7 +159,14 @@ def test_plain_trainer(both, tmp_path):
         return {"accuracy": (logits.argmax(-1) == labels)[scored].mean()}
 
     trainer = make_trainer(
-        model, processor, tmp_path, eval_rows=ROWS, compute_metrics=compute_metrics, learning_rate=2e-2, max_steps=60
+        model,
+        processor,
+        tmp_path,
+        eval_rows=ROWS,
+        compute_metrics=compute_metrics,
+        learning_rate=2e-2,
+        lr_scheduler_type="linear",
+        max_steps=120,
     )
     trainer.train()
     assert model.slm.training and not any(module.training for module in model.llm.modules())
