@@ -75,10 +75,7 @@ def by_key(names: Iterable[str]) -> dict[str, list[str]]:
     keys: dict[str, list[str]] = {}
     for name in names:
         keys.setdefault(name.rpartition(".")[0] or name, []).append(name)
-    return {
-        key: sorted(own, key=lambda name: int(name.rpartition(".")[2]) if name != key else 0)
-        for key, own in keys.items()
-    }
+    return {key: sorted(own, key=lambda name: (len(name), name)) for key, own in keys.items()}  # .2 before .10
 
 
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
