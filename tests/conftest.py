@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gzip
+import json
 import pathlib
 import threading
 from collections.abc import Callable, Iterator
@@ -17,12 +19,14 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BatchEncoding,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
 
 from transformers_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from transformers_llm2slm.cli import main
 
 torch.set_num_threads(1)
 
@@ -288,6 +292,15 @@ class Zoo:
         return model, LLM2SLMProcessor.from_llm_slm_pretrained(llm, slm, fusion=pair.fusion)
 
 
+def make_batch(
+    processor: LLM2SLMProcessor, prompts: list[str] = PROMPTS, responses: list[str] = RESPONSES, side: str = "right"
+) -> BatchEncoding:
+    """A padded batch with labels, padded on one side."""
+    for tokenizer in (processor.tokenizer, processor.llm_tokenizer):
+        tokenizer.padding_side = side
+    return processor(text=prompts, text_target=responses, padding=True, return_tensors="pt")
+
+
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     return Zoo(tmp_path_factory.mktemp("zoo"))
@@ -321,3 +334,95 @@ def small(zoo: Zoo) -> tuple[LLM2SLMForConditionalGeneration, LLM2SLMProcessor]:
 def small_causal(zoo: Zoo) -> tuple[LLM2SLMForConditionalGeneration, LLM2SLMProcessor]:
     """One pair with two tokenizers and a decoder-only SLM, fresh."""
     return zoo.compose(Pair("llama", "llama", "align"))
+
+
+# The command line -------------------------------------------------------------------------------------------------------
+ROWS = [{"prompt": f"{prompt} {i}", "completion": RESPONSES[i % 3]} for i, prompt in enumerate(PROMPTS * 4)]
+
+
+def write_rows(file: pathlib.Path, rows: list[dict[str, object]] = ROWS) -> pathlib.Path:
+    """Rows in a file of the kind that its name says."""
+    import datasets
+
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if file.suffix == ".gz":
+        file.write_bytes(gzip.compress(lines.encode()))
+    elif file.suffix == ".csv":
+        datasets.Dataset.from_list(rows).to_csv(file, index=False)
+    elif file.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(file)
+    else:
+        file.write_text(lines if file.suffix == ".jsonl" else json.dumps(rows), encoding="utf-8")
+    return file
+
+
+def loaded(folder: pathlib.Path) -> tuple[LLM2SLMForConditionalGeneration, LLM2SLMProcessor]:
+    return LLM2SLMForConditionalGeneration.from_pretrained(folder), LLM2SLMProcessor.from_pretrained(folder)
+
+
+@pytest.fixture
+def own_settings(tmp_path_factory, monkeypatch):
+    """Data sets are cached in a temporary folder; what the command line sets for its process is set back."""
+    import datasets
+    from transformers.utils import logging
+
+    cache = tmp_path_factory.mktemp("datasets")
+    for name in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH"):
+        monkeypatch.setattr(datasets.config, name, cache / name)
+    monkeypatch.setenv("COLUMNS", "80")
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command; gives its exit code, and what it wrote to stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def error(run):
+    """Runs a command that must fail; gives its text, which must be one line on stderr and nothing on stdout."""
+
+    def error(*arguments: object) -> str:
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
+        return err.removeprefix("error: ").rstrip("\n")
+
+    return error
+
+
+@pytest.fixture(scope="session")
+def sources(zoo):
+    """Folders of an LLM and an SLM, with two tokenizers."""
+    return zoo.sources(Pair("llama", "llama", "align"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(sources, tmp_path_factory):
+    """A composed checkpoint with a decoder-only SLM; read only."""
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    torch.manual_seed(0)
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(*sources)
+    model.save_pretrained(folder)
+    LLM2SLMProcessor.from_llm_slm_pretrained(*sources).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return file

@@ -6,19 +6,12 @@ import copy
 
 import pytest
 import torch
-from conftest import PROMPTS, RESPONSES, Pair
+from conftest import PROMPTS, RESPONSES, Pair, make_batch
 from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoProcessor, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from transformers_llm2slm import LLM2SLMForConditionalGeneration
 from transformers_llm2slm.structure import accepts, cache_argument, embed_tokens
-
-
-def make_batch(processor, prompts=PROMPTS, responses=RESPONSES, side="right"):
-    """A padded batch with labels, padded on one side."""
-    for tokenizer in (processor.tokenizer, processor.llm_tokenizer):
-        tokenizer.padding_side = side
-    return processor(text=prompts, text_target=responses, padding=True, return_tensors="pt")
 
 
 def llm_body(model):
