@@ -19,8 +19,9 @@ STEPS = 400
 MORE = {"rows": 21_000, "steps": 1300}
 # Of a new SLM, which begins with random weights.
 NEW_STEPS = 3000
-# Of the SLM in the main table, of one that is small enough for the aim's speed, and of a smaller one.
-LAYERS, FAST, FEW = 8, 7, 4
+# Of the SLM in the main table, of two that are smaller, and of the largest that a shortlist makes fast enough for the aim.
+LAYERS, FAST, FEW, MANY = 8, 7, 4, 12
+SPREAD = (0, 4, 8, 12, 17, 21, 25, 29)
 
 
 @dataclass(frozen=True)
@@ -98,22 +99,25 @@ def main_rows(task: str) -> list[Row]:
     by_lora = teacher_cell(task).with_changes(lora_rank=16, learning_rate=1e-3)
     # In German answers hold no names that only the prompts know.
     shortlists = tuple(SHORTLISTS) if task == "synopsis" else ("answers",)
+    # As many seeds as there was time for.
+    tried = 2 if task == "synopsis" else 1
     rows = [
         Row(ZERO_SHOT, (Cell(task, ZERO_SHOT),)),
         Row(TUNED, (teacher_cell(task),)),
         *compared(task),
         *compared(task, ", tuned LLM", shortlists, tuned_llm=True),
-        Row(f'{HYBRID}, fusion="replace"', seeds(hybrid(task)), in_summary=False),
+        Row(f'{HYBRID}, fusion="replace"', seeds(hybrid(task))[:tried], in_summary=False),
     ]
     tuned: dict[str, Any] = {"tuned_llm": True}
     healed = tuned | {"heal_steps": STEPS}
+    most = tuned | {"slm_layers": influential(MANY)}
     more = f"{MORE['rows']:,} rows"
     if task == "synopsis":
         return [
             *rows,
             Row(f"{TUNED} by LoRA", (by_lora,), in_summary=False),
             *once(task, f", {more}", **MORE),
-            *once(task, f", tuned LLM, {more}", shortlists, **tuned, **MORE),
+            *once(task, f", {MANY} layers, tuned LLM, {more}", ["prompts"], **most, **MORE),
             *once(task, ", tuned LLM, healed, its answers", shortlists, **healed, labels="llm"),
         ]
     return [
@@ -163,9 +167,9 @@ def factors(task: str) -> dict[str, list[Row]]:
         ],
         "Layers of the SLM": [
             row(f"{LAYERS}, by influence", best),
-            *(row(f"{count}, by influence", best, slm_layers=influential(count)) for count in (4, 6, 12)),
+            *(row(f"{count}, by influence", best, slm_layers=influential(count)) for count in (FEW, 6, MANY)),
             row(f"{LAYERS}, the upper ones", best, slm_layers=LAYERS),
-            row(f"{LAYERS}, spread evenly", best, slm_layers=(0, 4, 8, 12, 17, 21, 25, 29)),
+            row(f"{LAYERS}, spread evenly", best, slm_layers=SPREAD),
         ],
         "Start of the projector": [row("identity", best), row("random", best, projector_init="random")],
         "What is trained": [
@@ -243,10 +247,15 @@ def factors(task: str) -> dict[str, list[Row]]:
             row("SLM alone", new_alone),
         ],
     }
-    everything = cut | given_states | fresh
-    # In German, that what was chosen by the synopses holds for another task.
-    chosen = everything if task == "synopsis" else ("What is handed over", "LLM", "Layers of the SLM")
-    return {factor: everything[factor] for factor in chosen}
+    if task == "synopsis":
+        return cut | given_states | fresh
+    # That what was chosen by the synopses holds for another task.
+    differing = {
+        "What is handed over": (best, embedded),
+        "LLM": (best, best.with_changes(tuned_llm=False)),
+        "Layers of the SLM": (best, best.with_changes(slm_layers=SPREAD)),
+    }
+    return {factor: [row for row in cut[factor] if row.cells[0] in cells] for factor, cells in differing.items()}
 
 
 MAIN = {task: main_rows(task) for task in TASKS}
