@@ -9,7 +9,7 @@ import torch
 from conftest import PROMPTS, RESPONSES, Pair
 from transformers import AutoModel, GenerationConfig, LogitsProcessorList, SuppressTokensLogitsProcessor
 
-from transformers_llm2slm import make_shortlist
+from transformers_llm2slm import lora_config, make_shortlist
 from transformers_llm2slm.shortlist import ShortlistHead, shortlisted
 
 OPTIONS = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
@@ -104,6 +104,40 @@ def test_head_is_made_anew_when_the_weights_have_changed(zoo):
     vars(fresh.slm).pop("_shortlist_head")
     assert torch.equal(found, fresh.generate(**batch, **OPTIONS))
     assert vars(model.slm)["_shortlist_head"] is not narrow
+
+
+def test_head_is_made_anew_after_writing_past_autograd(zoo):
+    """As adapters are merged: to `weight.data`, of which the weight keeps no count."""
+    model, processor, listed = composed(zoo, "llama")
+    batch = batch_of(processor)
+    model.generate(**batch, **OPTIONS, shortlist=listed)
+    head = model.get_output_embeddings()
+    version = head.weight._version
+    head.weight.data.neg_()
+    assert head.weight._version == version
+    found = model.generate(**batch, **OPTIONS, shortlist=listed)
+    vars(model.slm).pop("_shortlist_head")
+    assert torch.equal(found, model.generate(**batch, **OPTIONS, shortlist=listed))
+
+
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")  # PEFT's
+def test_an_adapter_on_the_head_counts(zoo):
+    """The head with its adapter scores all tokens, and those that are not listed are masked."""
+    peft = pytest.importorskip("peft")
+    model, processor, listed = composed(zoo, "llama")
+    batch, everything = batch_of(processor), list(range(model.get_output_embeddings().weight.shape[0]))
+    adapted = peft.get_peft_model(model, lora_config(model, target_modules=["lm_head"])).eval()
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    expected = adapted.generate(**batch, **OPTIONS)
+    assert torch.equal(adapted.generate(**batch, **OPTIONS, shortlist=everything), expected)
+    some = adapted.generate(**batch, **OPTIONS, shortlist=listed)
+    assert not torch.equal(some, expected)
+    merged = adapted.merge_and_unload()
+    for tokens, texts in ((everything, expected), (listed, some)):
+        assert torch.equal(merged.generate(**batch, **OPTIONS, shortlist=tokens), texts)
 
 
 def test_end_tokens_of_a_call_are_listed_too(zoo):

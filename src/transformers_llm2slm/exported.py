@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 class Session:
     """
-    One graph in its runtime: tensors and lists of tensors by name in, and out.
+    One graph in its runtime: tensors and lists of tensors by name in, and out. Calls in several threads take turns.
 
     Args:
         runner: A runner of transformers' exporters.
@@ -35,7 +35,8 @@ class Session:
 
     def __init__(self, runner: Any):
         self.runner = runner
-        self.session = getattr(runner, "session", None)
+        self.lock = threading.Lock()  # what is bound, or given to a runner, is the graph's and not the call's
+        self.session: Any = getattr(runner, "session", None)
         if self.session is not None:
             from onnxruntime import OrtDevice
 
@@ -48,8 +49,10 @@ class Session:
             self.bound: dict[str, torch.Tensor] = {}
 
     def __call__(self, **tensors: torch.Tensor | list[torch.Tensor]) -> dict[str, Any]:
-        if self.session is None:
-            return self.runner(**tensors)
+        with self.lock:
+            return self.runner(**tensors) if self.session is None else self._run_bound(tensors)
+
+    def _run_bound(self, tensors: Mapping[str, torch.Tensor | list[torch.Tensor]]) -> dict[str, Any]:
         bind = self.binding._iobinding
         for key, names in self.inputs.items():
             value = tensors[key]
@@ -267,7 +270,7 @@ class ExportedParts(nn.Module):
         Returns:
             [`LLM2SLMPrompt`]. For an SLM with an encoder its states are what that encoder made of the fused prompt.
         """
-        mask = prompt_mask(self.config, None, input_ids, attention_mask, None)
+        mask = prompt_mask(self.config, None, input_ids, attention_mask, None).long()  # it may be boolean
         reads = {
             "input_ids": move_padding(input_ids, mask, "right"),  # type: ignore[arg-type]  # or prompt_mask raised
             "attention_mask": move_padding(mask, mask, "right"),

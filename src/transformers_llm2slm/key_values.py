@@ -8,6 +8,7 @@ side. The last token of the prompt is the first that the SLM reads, as in any de
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -88,9 +89,10 @@ def read_key_values(body: nn.Module, layers: Sequence[int], inputs: dict[str, An
 def recorded_key_values(body: nn.Module, layers: Sequence[int], length: int) -> Iterator[list[torch.Tensor]]:
     """As `recorded_states`, for keys and values: from the first pass that somebody else makes inside of the block."""
     recorded: list[torch.Tensor] = []
+    thread = threading.get_ident()  # others may be reading with the same model
 
     def take(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not recorded:
+        if not recorded and threading.get_ident() == thread:
             recorded.extend(key_value_states(cache_of(output), layers, length))
 
     hook = body.register_forward_hook(take)

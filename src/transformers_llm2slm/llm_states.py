@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -114,7 +115,8 @@ class LayersNotFound(ValueError):
 def _hooks(
     body: nn.Module, layers: Sequence[int], num_layers: int | None, take: Callable[[int, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Hand the states at `layers` (-1 or `num_layers` for the last) to `take`, in every pass inside of the block."""
+    """Hand the states at `layers` (-1 or `num_layers` for the last) to `take`, in every pass that this thread makes in the block."""
+    thread = threading.get_ident()  # others may be reading with the same model
     last = set(layers) & {-1, num_layers}
     hooks = []
     try:
@@ -126,12 +128,13 @@ def _hooks(
         for layer in others:
 
             def give_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
-                take(layer, args[0] if args else kwargs["hidden_states"])
+                if threading.get_ident() == thread:
+                    take(layer, args[0] if args else kwargs["hidden_states"])
 
             hooks.append(blocks[layer].register_forward_pre_hook(give_input, with_kwargs=True))
 
         def give_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            for layer in last:
+            for layer in last if threading.get_ident() == thread else ():
                 take(layer, output.last_hidden_state)
 
         hooks.append(body.register_forward_hook(give_output))

@@ -8,6 +8,7 @@ the projector its states. Verification is transformers' own; only the candidates
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -286,14 +287,21 @@ def writing_parameters(model: PreTrainedModel) -> int:
     return sum((body | {id(p): p.numel() for p in head.parameters()}).values())
 
 
+_DRAFTING = threading.Lock()
+
+
 @contextmanager
 def drafting_by(llm: PreTrainedModel, make: Callable[..., CandidateGenerator]) -> Iterator[None]:
-    """`llm` with candidates from the generator that `make` gives. transformers has no argument for one of one's own."""
-    llm._get_candidate_generator = make
-    try:
-        yield
-    finally:
-        del llm._get_candidate_generator
+    """
+    `llm` with candidates from the generator that `make` gives, for one thread at a time. transformers has no argument for one of
+    one's own.
+    """
+    with _DRAFTING:
+        llm._get_candidate_generator = make
+        try:
+            yield
+        finally:
+            del llm._get_candidate_generator
 
 
 @torch.no_grad()

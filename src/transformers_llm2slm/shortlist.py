@@ -7,17 +7,19 @@ needs. The name and the idea are those of machine translation (Jean et al., 2015
 from __future__ import annotations
 
 import re
+import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .few_rows import few_row_linear
+from .few_rows import FewRowLinear, few_row_linear
 
 if TYPE_CHECKING:
     from .processing_llm2slm import LLM2SLMProcessor
@@ -99,14 +101,45 @@ class ShortlistHead(nn.Linear):
 def _state(head: Any, token_ids: Sequence[int], required: set[int]) -> tuple[Any, ...]:
     """What tells whether a shortlist's head has to be made anew."""
     weight = head.weight
-    same = id(weight), weight._version, weight.data_ptr(), weight.dtype
-    return *same, list(token_ids), required
+    # Some of it as well, for what is written to `weight.data`, as adapters are merged, leaves no other trace.
+    sample = weight.detach()[:: max(len(weight) // 256, 1)].float().sum().item()
+    return id(weight), weight._version, weight.data_ptr(), weight.dtype, sample, list(token_ids), required
+
+
+class _Turns:
+    """Calls in several threads: those that write with the same LM head run side by side, others wait until it is free."""
+
+    def __init__(self) -> None:
+        self.condition, self.inside, self.wanted, self.undo = threading.Condition(), 0, None, ExitStack()
+
+    @contextmanager
+    def take(self, wanted: Any, change: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """The block runs after `change` was entered by the first of those that want the same, which the last leaves."""
+        with self.condition:
+            self.condition.wait_for(lambda: not self.inside or self.wanted == wanted)
+            if not self.inside:
+                self.undo.enter_context(change())
+                self.wanted = wanted
+            self.inside += 1
+        try:
+            yield
+        finally:
+            with self.condition:
+                self.inside -= 1
+                if not self.inside:
+                    self.undo.close()
+                    self.condition.notify_all()
+
+
+# Beside the models, as a lock can be neither copied nor saved with one.
+_TURNS: WeakKeyDictionary[PreTrainedModel, _Turns] = WeakKeyDictionary()
 
 
 @contextmanager
 def shortlisted(slm: PreTrainedModel, token_ids: Sequence[int] | None, *sources: Any) -> Iterator[None]:
     """
-    The SLM with an LM head for some tokens, for as long as the block runs.
+    The SLM with an LM head for some tokens, for as long as the block runs. Calls in other threads with another shortlist, or with
+    none, wait.
 
     Args:
         slm: The SLM.
@@ -116,17 +149,26 @@ def shortlisted(slm: PreTrainedModel, token_ids: Sequence[int] | None, *sources:
     Raises:
         ValueError: for what is no token, or for another shortlist than that of an exported SLM.
     """
-    head: Any = slm.get_output_embeddings()
-    if head is None:  # in a graph
-        built_in = getattr(slm.generation_config, "shortlist", None)
-        if sorted(token_ids or []) != sorted(built_in or []):
+    listed = list(token_ids or [])
+    if slm.get_output_embeddings() is None:  # in a graph
+        if sorted(listed) != sorted(getattr(slm.generation_config, "shortlist", None) or []):
             raise ValueError(
                 "An exported model writes by the shortlist that it was exported with: set `model.shortlist` before you export."
             )
-    if head is None or not token_ids:
         yield
         return
-    required = _required(sources)
+    required = _required(sources) if listed else set()
+    with _TURNS.setdefault(slm, _Turns()).take((listed, required), lambda: _narrowed(slm, listed, required)):
+        yield
+
+
+@contextmanager
+def _narrowed(slm: PreTrainedModel, token_ids: list[int], required: set[int]) -> Iterator[None]:
+    """The SLM with a head for these tokens, or as it is if there are none."""
+    if not token_ids:
+        yield
+        return
+    head: Any = slm.get_output_embeddings()
     # Kept beside the model's modules, not among them: it is no part of its weights.
     narrow = vars(slm).get("_shortlist_head")
     if narrow is None or narrow.made_of != _state(head, token_ids, required):
@@ -138,7 +180,9 @@ def shortlisted(slm: PreTrainedModel, token_ids: Sequence[int] | None, *sources:
         return output
 
     hook = slm.register_forward_hook(mask)
-    slm.set_output_embeddings(narrow)
+    # A head that is more than a matrix, with an adapter say, scores all tokens.
+    if type(head) in (nn.Linear, FewRowLinear):
+        slm.set_output_embeddings(narrow)
     try:
         yield
     finally:
