@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from conftest import FAMILIES, PROMPTS, RESPONSES, Pair
@@ -178,6 +180,45 @@ def test_composing_leaves_both_models_as_they_are(zoo):
 
 
 @torch.no_grad()
+def test_one_model_in_both_parts(zoo):
+    """The SLM is a copy: the LLM is frozen, and the SLM trained."""
+    model = AutoModelForCausalLM.from_pretrained(zoo.checkpoint("llama", "bpe", "llm"))
+    hybrid = compose(model, model, fusion="replace")
+    assert all(parameter.requires_grad for parameter in hybrid.slm.parameters())
+    frozen = {id(parameter) for parameter in hybrid.llm.parameters()}
+    assert not any(id(parameter) in frozen for parameter in hybrid.slm.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bert", "t5"])
+@torch.no_grad()
+def test_models_that_share_an_llm_read_its_own_states(zoo, family):
+    """However often it was asked for its states before and since, by itself or by others."""
+    source = zoo.checkpoint(family, "bpe", "llm")
+    llm = (AutoModelForSeq2SeqLM if family == "t5" else AutoModel).from_pretrained(source)
+    slm = zoo.checkpoint("llama", "bpe", "slm")
+    ids = torch.tensor([[5, 9, 17, 30, 2, 8]])
+    body = llm.get_encoder() if family == "t5" else llm
+    for asked_first in (False, True, True):
+        expected = body(input_ids=ids, output_hidden_states=True).hidden_states if asked_first else None
+        model = compose(llm, slm, fusion="replace", llm_layer=[1, -1])
+        states = model.model.llm_states(ids, torch.ones_like(ids))
+        expected = expected or body(input_ids=ids, output_hidden_states=True).hidden_states
+        assert len(expected) == model.config.num_llm_layers + 1
+        for index, layer in enumerate((1, -1)):
+            torch.testing.assert_close(states[:, :, index], expected[layer], rtol=0, atol=1e-5)
+
+
+def test_models_can_be_pickled(zoo):
+    """With the LLM, whose class is made on the spot."""
+    for pair in (Pair("t5", "t5", "add"), Pair("llama", "gpt2", "replace")):
+        model, processor = zoo.compose(pair)
+        loaded = pickle.loads(pickle.dumps(model))
+        assert type(loaded.llm) is type(model.llm)
+        assert not any(parameter.requires_grad for parameter in loaded.llm.parameters())
+        batch = processor(text=PROMPTS, text_target=RESPONSES, padding=True, return_tensors="pt")
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
 def test_llm_that_computes_its_positions(zoo):
     """Marian leaves its sinusoidal positions out of its checkpoints: they are not missing, and not random."""
     folder = zoo.checkpoint("marian", "bpe", "llm")

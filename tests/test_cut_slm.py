@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import make_batch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, Qwen3MoeConfig
 
 from transformers_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from transformers_llm2slm.loading import cut_slm
 from transformers_llm2slm.structure import DroppedModule
 
 
@@ -156,3 +157,36 @@ def test_cuts_that_are_refused(zoo):
     for arguments in ({}, {"slm": llm, "slm_layers": 1}):
         with pytest.raises(ValueError, match="either an SLM, or `slm_layers` to cut one from the LLM, and not both"):
             compose(llm, **arguments)
+
+
+def test_layers_of_several_kinds(zoo):
+    """Where a configuration makes layers dense or of experts by their place, others can't stand in it."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 320}
+    config = Qwen3MoeConfig(
+        **sizes,
+        num_hidden_layers=4,
+        num_experts=4,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        mlp_only_layers=[0, 1],
+    )
+    llm = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"can't be cut to its layers \[2, 3\]: .* layers of another kind .*mlp"):
+        cut_slm(llm, 2)
+    slm, layers = cut_slm(llm, [0, 1, 3])
+    assert layers == [0, 1, 3]
+    for layer, origin in zip(slm.model.layers, (llm.model.layers[index] for index in layers), strict=True):
+        assert type(layer.mlp) is type(origin.mlp)
+        assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), origin.parameters(), strict=True))
+
+
+def test_precision_of_the_llm_is_its_own(zoo):
+    """What is cut is trained: it comes from the weights as stored, whatever the LLM reads in."""
+    source = zoo.checkpoint("llama", "bpe", "llm")
+    stored = AutoModelForCausalLM.from_pretrained(source)
+    for options in ({}, {"slm_dtype": "float32"}):
+        model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
+            source, slm_layers=2, llm_dtype="bfloat16", **options
+        )
+        assert (model.llm.dtype, model.slm.dtype) == (torch.bfloat16, torch.float32)
+        assert torch.equal(model.slm.model.layers[1].mlp.up_proj.weight, stored.model.layers[2].mlp.up_proj.weight)

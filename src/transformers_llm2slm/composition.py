@@ -157,8 +157,9 @@ def _load_parts(
     llm_source = _source(llm)
     if slm_layers is not None:
         in_memory = isinstance(llm, PreTrainedModel)
-        # What is cut is trained, so it is cut from the LLM as stored.
-        as_stored = {key: value for key, value in llm_kwargs.items() if key != "quantization_config"}
+        # What is cut is trained, so it is cut from the LLM as stored, or in the SLM's own precision.
+        as_stored = {key: value for key, value in llm_kwargs.items() if key not in ("quantization_config", "dtype")}
+        as_stored |= {key: value for key, value in slm_kwargs.items() if key == "dtype"}
         whole = llm if in_memory else load_slm(llm_source, **as_stored)
         if whole.get_output_embeddings() is None:
             raise ValueError(
@@ -175,18 +176,28 @@ def _load_parts(
                 f"An SLM cut from the LLM is not loaded, so `slm_{unknown[0]}` says nothing; leave it out."
             )
         slm_model, layers = cut_slm(whole, slm_layers)
-        dtype = slm_kwargs.get("dtype")
-        if dtype not in (None, "auto"):
-            slm_model = slm_model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        if not in_memory and as_stored != llm_kwargs:
+        if (dtype := _named_dtype(slm_kwargs)) is not None:
+            slm_model = slm_model.to(dtype)
+        alike = as_stored | {"dtype": whole.dtype} == llm_kwargs | {"dtype": _named_dtype(llm_kwargs)}
+        if not in_memory and as_stored != llm_kwargs and not alike:
             whole = load_llm(llm_source, whole=keep_whole, **llm_kwargs)
         elif not in_memory and not keep_whole:
             whole = adopt_llm(whole)
         return whole, (slm_model, layers)
     llm_model = llm if isinstance(llm, PreTrainedModel) else load_llm(llm_source, whole=keep_whole, **llm_kwargs)
     slm_model = slm if isinstance(slm, PreTrainedModel) else load_slm(_source(slm), **slm_kwargs)
+    if slm_model.base_model is llm_model.base_model:  # the LLM is frozen, and the SLM trained
+        slm_model = copy.deepcopy(slm_model)
     slm_auto_class(slm_model.config)
     return llm_model, slm_model
+
+
+def _named_dtype(kwargs: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that the arguments of a `from_pretrained` ask for, `None` if it is that of the checkpoint."""
+    dtype = kwargs.get("dtype")
+    if dtype in (None, "auto"):
+        return None
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def _source(model: str | os.PathLike | PreTrainedModel | None) -> Any:

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
 )
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .configuration_llm2slm import decoder_text_config, encoder_text_config
 from .structure import DroppedModule, drop_module, layer_list, position_limit
@@ -121,9 +122,19 @@ def reading_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
         if isinstance(getattr(self, "pooler", None), nn.Module):
             self.pooler = None
 
+    def __reduce_ex__(self: PreTrainedModel, protocol: Any) -> tuple[Any, ...]:
+        return _empty_reader, (model_class,), self.__dict__
+
     namespace = {"__init__": __init__, "__module__": model_class.__module__, "__doc__": model_class.__doc__}
+    namespace |= {"__reduce_ex__": __reduce_ex__}  # pickle would look for this class by its name
     namespace |= {"_load_pretrained_model": staticmethod(load_compared), "_keys_to_ignore_on_load_unexpected": [r".*"]}
     return type(model_class.__name__, (model_class,), namespace)
+
+
+def _empty_reader(model_class: Any) -> PreTrainedModel:
+    """What unpickling fills."""
+    reader: Any = reading_class(model_class)
+    return reader.__new__(reader)
 
 
 def llm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -216,7 +227,7 @@ def load_llm(
 
 
 def adopt_llm(model: PreTrainedModel) -> PreTrainedModel:
-    """The reading part of an LLM that is already in memory, sharing its weights; `model` itself is left as it is."""
+    """The reading part of an LLM that is already in memory, sharing its weights and so freezing them; `model` itself still writes."""
     body = model.base_model
     llm = llm_skeleton(model.config)
     for store in ("_modules", "_parameters", "_buffers"):
@@ -232,6 +243,10 @@ def adopt_llm(model: PreTrainedModel) -> PreTrainedModel:
         # Without these it would be saved as if it were not quantised.
         llm.hf_quantizer = model.hf_quantizer
         llm.config.quantization_config = model.config.quantization_config
+    if not model.config.is_encoder_decoder:  # of one that is, the encoder is one object in both
+        # transformers takes hidden states by hooks on the layers, set once for each model that is asked, and these are of two.
+        maybe_install_capturing_hooks(body)
+        llm._output_capturing_hooks_installed = True
     return freeze(llm)
 
 
@@ -302,6 +317,9 @@ def cut_slm(llm: PreTrainedModel, layers: int | Sequence[int]) -> tuple[PreTrain
 
     Returns:
         The SLM (its own copy of the weights), and the indices of the layers that it keeps.
+
+    Raises:
+        ValueError: for layers that the LLM has not, or that would be of another kind where they come to stand in the SLM.
     """
     config, layers = cut_config(llm, layers)
     prefix, _ = decoder_layers(llm)
@@ -309,16 +327,21 @@ def cut_slm(llm: PreTrainedModel, layers: int | Sequence[int]) -> tuple[PreTrain
     source = llm.state_dict()
     with torch.device("meta"):
         expected = type(llm)(copy.deepcopy(config)).state_dict().keys()
-    state_dict = {}
+    taken = {}
     for key in expected:
         match = pattern.match(key)
-        if match is None:
-            state_dict[key] = source[key].clone()
-            continue
-        index, rest = int(match[1]), match[2]
+        old = key if match is None else f"{prefix}.{layers[int(match[1])]}.{match[2]}"
         # What only the first layer has (T5's relative attention bias) is taken from the LLM's first layer.
-        old = f"{prefix}.{layers[index]}.{rest}"
-        state_dict[key] = source[old if old in source else f"{prefix}.0.{rest}"].clone()
+        taken[key] = old if match is None or old in source else f"{prefix}.0.{match[2]}"
+    held = {key for key in source if (match := pattern.match(key)) and int(match[1]) in layers}
+    # Layers of several kinds (dense and of experts, attention and recurrence), which a configuration tells by their place.
+    if odd := (held - set(taken.values())) | (set(taken.values()) - source.keys()):
+        raise ValueError(
+            f"A {type(llm).__name__} can't be cut to its layers {layers}: where they would stand in the SLM, its configuration "
+            f"asks for layers of another kind (which have no place, or no weights, for {_some(odd)}). Name layers of the kinds "
+            "that it begins with."
+        )
+    state_dict = {key: source[old].clone() for key, old in taken.items()}
     slm, info = type(llm).from_pretrained(
         None, config=config, state_dict=state_dict, dtype=llm.dtype, output_loading_info=True
     )
