@@ -282,3 +282,26 @@ def test_fitted_embeddings_hang_on_no_projector(zoo):
     assert found[0].abs().max() > 0
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_no_goal(zoo):
+    """A model that is being trained is fitted to what it gives without dropout, and goes on in training."""
+    model, processor = zoo.compose(Pair("t5", "t5", "replace", (("slm_encoder", "keep"),)))
+    found = []
+    for training in (False, True):
+        model.train(training)
+        found.append(fit_projector(model, processor, FIT_PROMPTS, target=-1))
+        assert model.slm.training == training
+    assert found[0] == found[1]
+
+
+def test_a_fitted_head_is_saved_from_a_gathered_state_dict(zoo, tmp_path):
+    """As trainers save what they have sharded. Head and embeddings are no longer one."""
+    llm = zoo.checkpoint("gpt2", "bpe", "llm")
+    model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm_layers=2)
+    processor = LLM2SLMProcessor.from_llm_slm_pretrained(llm)
+    fit_slm_embeddings(model, processor, FIT_PROMPTS)
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    loaded = LLM2SLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(loaded.get_output_embeddings().weight, model.get_output_embeddings().weight)
+    assert torch.equal(loaded.slm.get_input_embeddings().weight, model.slm.get_input_embeddings().weight)

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from .alignment import align_tokens
 from .llm_states import hidden_states
+from .probes import eval_mode
 from .structure import accepts, embed_tokens, embedding_scale, move_padding, reader
 
 if TYPE_CHECKING:
@@ -70,13 +71,14 @@ def fit_projector(
     products = torch.zeros(size, size, dtype=torch.float64)
     moments = torch.zeros(size, last.out_features, dtype=torch.float64)
     goals_square, goals_sum, count = 0.0, torch.zeros(last.out_features, dtype=torch.float64), 0
-    for features, goals in _pairs(model, processor, slm, prompts, target, batch_size):
-        features = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
-        products += features.T @ features
-        moments += features.T @ goals
-        goals_square += float(goals.square().sum())
-        goals_sum += goals.sum(dim=0)
-        count += len(goals)
+    with eval_mode(model), eval_mode(slm):  # dropout is no goal
+        for features, goals in _pairs(model, processor, slm, prompts, target, batch_size):
+            features = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
+            products += features.T @ features
+            moments += features.T @ goals
+            goals_square += float(goals.square().sum())
+            goals_sum += goals.sum(dim=0)
+            count += len(goals)
     penalty = ridge * products.diagonal()[:-1].mean() * torch.eye(size, dtype=torch.float64)
     penalty[-1, -1] = 0  # the bias is free
     solution = torch.linalg.solve(products + penalty + 1e-8 * torch.eye(size, dtype=torch.float64), moments)
@@ -142,6 +144,8 @@ def fit_slm_embeddings(
     weight = (sums + prior * fitted) / (counts + prior) / embedding_scale(model.slm)
     embedding.weight = nn.Parameter(weight.to(embedding.weight.dtype))
     model.slm.config.tie_word_embeddings = False
+    for part in (model.slm, model.model, model):  # by these a checkpoint leaves out what is tied
+        part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def _states_at_cut(model: LLM2SLMForConditionalGeneration, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
