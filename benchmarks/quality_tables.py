@@ -21,7 +21,6 @@ MORE = {"rows": 21_000, "steps": 1300}
 NEW_STEPS = 3000
 # Of the SLM in the main table, of two that are smaller, and of the largest that a shortlist makes fast enough for the aim.
 LAYERS, FAST, FEW, MANY = 8, 7, 4, 12
-SPREAD = (0, 4, 8, 12, 17, 21, 25, 29)
 
 
 @dataclass(frozen=True)
@@ -150,10 +149,8 @@ def factors(task: str) -> dict[str, list[Row]]:
 
     def each_once(name: str, cell: Cell) -> list[Row]:
         """A cell, and with other numbers of rows that are read at most once."""
-        rows = [row(f"{name}, {cell.steps * cell.batch_size:,} rows", cell)]
-        for steps in (STEPS // 4, STEPS):
-            rows.append(row(f"{name}, {steps * cell.batch_size:,} rows", cell, steps=steps))
-        return rows
+        numbers = (cell.steps, STEPS // 4)
+        return [row(f"{name}, {steps * cell.batch_size:,} rows", cell, steps=steps) for steps in numbers]
 
     cut = {
         "What is handed over": [
@@ -167,9 +164,8 @@ def factors(task: str) -> dict[str, list[Row]]:
         ],
         "Layers of the SLM": [
             row(f"{LAYERS}, by influence", best),
-            *(row(f"{count}, by influence", best, slm_layers=influential(count)) for count in (FEW, 6, MANY)),
+            *(row(f"{count}, by influence", best, slm_layers=influential(count)) for count in (FEW, MANY)),
             row(f"{LAYERS}, the upper ones", best, slm_layers=LAYERS),
-            row(f"{LAYERS}, spread evenly", best, slm_layers=SPREAD),
         ],
         "Start of the projector": [row("identity", best), row("random", best, projector_init="random")],
         "What is trained": [
@@ -181,7 +177,6 @@ def factors(task: str) -> dict[str, list[Row]]:
             row("3e-4", best, learning_rate=3e-4),
             row("2e-3", best, learning_rate=2e-3),
             row("SLM 1e-3, projector 1e-4", best, projector_learning_rate=1e-4),
-            row("SLM 1e-3, projector 1e-2", best, projector_learning_rate=1e-2),
         ],
         "Rows, each of them once": [*each_once("hybrid", best), *each_once("SLM alone", alone)],
         "With the LLM as published": [
@@ -191,7 +186,7 @@ def factors(task: str) -> dict[str, list[Row]]:
         ],
         "Length of the prompt": [
             row("all", best),
-            *(row(f"{length} tokens", best, max_prompt_length=length) for length in (10, 20, 40)),
+            *(row(f"{length} tokens", best, max_prompt_length=length) for length in (20, 40)),
         ],
         "What is learnt": [
             row("the data's answers", best),
@@ -250,12 +245,14 @@ def factors(task: str) -> dict[str, list[Row]]:
     if task == "synopsis":
         return cut | given_states | fresh
     # That what was chosen by the synopses holds for another task.
-    differing = {
-        "What is handed over": (best, embedded),
-        "LLM": (best, best.with_changes(tuned_llm=False)),
-        "Layers of the SLM": (best, best.with_changes(slm_layers=SPREAD)),
+    return {
+        "What is handed over": cut["What is handed over"][:2],
+        "LLM": cut["LLM"],
+        "Layers of the SLM": [
+            row(f"{LAYERS}, by influence", best),
+            row(f"{LAYERS}, spread evenly", best, slm_layers=(0, 4, 8, 12, 17, 21, 25, 29)),
+        ],
     }
-    return {factor: [row for row in cut[factor] if row.cells[0] in cells] for factor, cells in differing.items()}
 
 
 MAIN = {task: main_rows(task) for task in TASKS}
