@@ -18,9 +18,8 @@ SHARD_PROMPTS, HANG_AT = 2, 3
 def run(folder: pathlib.Path, name: str, hang_at: int | None = None, **kwargs: object) -> list[str]:
     """Cache the rows of `folder`, which has a model and `rows.json`; returns the names of files in order of writing."""
     torch.set_num_threads(1)
-    llm_states_cache._SHARD_PROMPTS = SHARD_PROMPTS
     written: list[str] = []
-    replace = llm_states_cache.os.replace
+    replace, shard_prompts = llm_states_cache.os.replace, llm_states_cache._SHARD_PROMPTS
 
     def wait_to_be_killed(part: str, file: pathlib.Path) -> None:
         if len(written) - 1 == hang_at:  # the settings come first
@@ -28,12 +27,12 @@ def run(folder: pathlib.Path, name: str, hang_at: int | None = None, **kwargs: o
         replace(part, file)
         written.append(file.name)
 
-    llm_states_cache.os.replace = wait_to_be_killed
+    llm_states_cache.os.replace, llm_states_cache._SHARD_PROMPTS = wait_to_be_killed, SHARD_PROMPTS
     try:
         model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
         cache_llm_states(json.loads((folder / "rows.json").read_text()), model, processor, folder / name, **kwargs)
     finally:
-        llm_states_cache.os.replace = replace
+        llm_states_cache.os.replace, llm_states_cache._SHARD_PROMPTS = replace, shard_prompts
     return written
 
 

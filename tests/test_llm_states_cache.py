@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import pathlib
 import shutil
 import signal
@@ -204,11 +205,50 @@ def test_killed_and_started_again(folder):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert len(list((folder / "broken").glob("states-*"))) == 3
+    (left,) = (folder / "broken").glob(".*")
+    day_ago = time.time() - 25 * 3600  # as another process may be writing what is younger
+    os.utime(left, (day_ago, day_ago))
     unbroken = caching_run.run(folder, "unbroken")
     assert len(unbroken) == 1 + 5 and unbroken[0] == "cache.json"
     assert caching_run.run(folder, "broken") == unbroken[-2:]
     assert contents(folder / "broken") == contents(folder / "unbroken")
     assert not list((folder / "broken").glob(".*"))  # what was left half written is gone
+
+
+def test_two_processes_at_once(small, tmp_path):
+    """While one writes a file, another begins and ends with the same: both succeed, and neither leaves half a file."""
+    model, processor = small
+    other, read = copy.deepcopy(model), []
+
+    def cache_the_same(*_):
+        read.append(list(tmp_path.glob(".states-*")))
+        if len(read) == 3:  # two to tell how long it takes, and the file that is being written
+            cache_llm_states(ROWS, other, processor, tmp_path, dtype="float32")
+
+    model.llm.get_encoder().register_forward_pre_hook(cache_the_same)
+    rows = cache_llm_states(ROWS, model, processor, tmp_path, dtype="float32")
+    assert len(read) == 3 and len(read[2]) == 1
+    assert len(contents(tmp_path)) == 2 and len(list(tmp_path.iterdir())) == 2
+    assert len(rows[0]["llm_hidden_states"]) == len(processor(text=PROMPTS[0])["input_ids"])
+
+
+def test_killed_while_it_wrote_the_settings(small, tmp_path):
+    model, processor = small
+    left, day_ago = tmp_path / ".cache.json.0123.part", time.time() - 25 * 3600
+    left.write_text("{")
+    cache_llm_states(ROWS, model, processor, tmp_path)
+    assert left.exists()  # another process may be writing it
+    os.utime(left, (day_ago, day_ago))
+    assert len(cache_llm_states(ROWS, model, processor, tmp_path)) == 5
+    assert not left.exists() and len(contents(tmp_path)) == 2
+
+
+def test_a_write_that_fails_leaves_nothing(small, tmp_path):
+    model, processor = small
+    model.llm.get_encoder().final_layer_norm.weight.data *= 1e6
+    with pytest.raises(ValueError, match="more than float16 holds"):
+        cache_llm_states(ROWS, model, processor, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["cache.json"]
 
 
 def test_ray_workers(folder):
@@ -319,6 +359,16 @@ def test_collator_of_another_length(small, tmp_path):
         LLM2SLMDataCollator(processor)([rows[0]])
     with pytest.raises(ValueError, match=r"Row 1 of the batch needs the LLM's states .* found none"):
         LLM2SLMDataCollator(processor, 8)([rows[0], ROWS[1]])
+
+
+@pytest.mark.parametrize("length", [None, 6, 12])
+def test_prompts_are_cut_as_by_the_collator(small, tmp_path, length):
+    """Also to a length beyond what the tokenizer says: T5's says 512, and T5 reads more."""
+    model, processor = small
+    processor.max_prompt_length = 8
+    rows = cache_llm_states(ROWS, model, processor, tmp_path, max_prompt_length=length)
+    batch = LLM2SLMDataCollator(processor, length)([rows[0]])
+    assert batch["llm_hidden_states"].shape[:2] == batch["input_ids"].shape == (1, length or 8)
 
 
 def test_a_cache_that_grows_under_earlier_rows(small, tmp_path):

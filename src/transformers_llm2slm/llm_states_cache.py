@@ -12,7 +12,9 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +48,8 @@ _KEY_COLUMN = "llm_states_key"
 _ROW_BYTES = 80
 # A file holds the states of at most so many bytes and so many prompts: what an interruption can cost.
 _SHARD_BYTES, _SHARD_PROMPTS = 256 * 2**20, 1024
+# A file half written that has not changed for so long is that of a process that was killed.
+_LEFT_OVER_SECONDS = 24 * 3600
 
 
 def cache_llm_states(
@@ -77,7 +81,8 @@ def cache_llm_states(
         processor ([`LLM2SLMProcessor`]): Its processor.
         cache_dir (`str` or `os.PathLike`): Folder of the cache; made if missing. With Ray on several machines, one that
             all of them see.
-        max_prompt_length (`int`, *optional*): Prompts are cut to so many LLM tokens, as by the collator.
+        max_prompt_length (`int`, *optional*): Prompts are cut to so many LLM tokens, as by the collator; by default to what
+            the models take.
         dtype (`str`, defaults to `"float16"`): How states are stored: `"float32"` (exact), `"float16"`, `"bfloat16"`, or
             `"int8"` (a scale for every 64 values). [`cache_error`] tells what was lost.
         batch_size (`int`, defaults to 16): Prompts that the LLM reads at a time.
@@ -177,8 +182,9 @@ class PromptReader:
         dtype: str,
         batch_size: int,
     ) -> PromptReader:
-        limits = [limit for limit in (max_prompt_length, processor.max_prompt_length) if limit is not None]
-        return cls(model.llm, model.config, processor, min(limits, default=None), dtype, batch_size)
+        if max_prompt_length is None:  # else the caller's counts, as for the collator, also where it is the greater
+            max_prompt_length = processor.max_prompt_length
+        return cls(model.llm, model.config, processor, max_prompt_length, dtype, batch_size)
 
     @property
     def bytes_per_token(self) -> int:
@@ -310,6 +316,8 @@ class LLMStatesCache:
     def claim(self, settings: dict[str, Any]) -> None:
         """Make the folder a cache with these settings. Raises a `ValueError` if it is one with others."""
         file = self.folder / SETTINGS_NAME
+        # Asked first, as another process may write the settings meanwhile. Hidden files may be what one left that was killed.
+        in_use = self.folder.is_dir() and any(not entry.name.startswith(".") for entry in self.folder.iterdir())
         if file.exists():
             found = self.settings()
             for name, expected in settings.items():
@@ -318,7 +326,7 @@ class LLMStatesCache:
                         f"The cache {str(self.folder)!r} was made with another {name}: expected {expected}, found "
                         f"{found.get(name)}. Its states are of no use here: choose another `cache_dir`, or delete it."
                     )
-        elif self.shards is not None or (self.folder.is_dir() and any(self.folder.iterdir())):
+        elif in_use:
             raise ValueError(
                 f"{str(self.folder)!r} is not empty, and no cache of LLM states: it has no `{SETTINGS_NAME}`. Choose "
                 "another `cache_dir`."
@@ -326,6 +334,7 @@ class LLMStatesCache:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_whole(file, lambda part: part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8"))
+        _remove_left_overs(self.folder)
 
     def write(self, reader: PromptReader, prompts: Sequence[Any]) -> int:
         """Encode prompts into one file of the cache; returns their number."""
@@ -357,12 +366,21 @@ class LLMStatesCache:
 
 
 def _write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` write a file that appears under its name when it is whole."""
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    write(part)
-    os.replace(part, file)
-    for left in file.parent.glob(f".{file.name}.*"):  # by a process that was killed
-        left.unlink(missing_ok=True)
+    """Let `write` write a file that appears under its name when it is whole; another process may be writing it too."""
+    part = file.with_name(f".{file.name}.{uuid.uuid4().hex}.part")
+    try:
+        write(part)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _remove_left_overs(folder: Path) -> None:
+    """Remove what processes that were killed have half written."""
+    for part in folder.glob(".*.part"):
+        with suppress(OSError):  # another process was faster, or the folder is read-only
+            if time.time() - part.stat().st_mtime > _LEFT_OVER_SECONDS:
+                part.unlink()
 
 
 class AttachStates:
