@@ -209,7 +209,7 @@ def test_wrong_cached_states_are_errors(zoo):
         (torch.zeros(*size, 48), "takes 2 LLM state.* of width 48 for each token, got 1 of width 48"),
         (torch.zeros(*size, 3, 48), "takes 2 LLM state.* of width 48 for each token, got 3 of width 48"),
         (torch.zeros(size[0], size[1] - 1, 2, 48), "one length, but .*`llm_hidden_states` is of shape"),
-        (torch.zeros(*size), r"`llm_hidden_states` must be of shape .*llm_hidden_size\), got \(3, [0-9]+\)"),
+        (torch.zeros(*size), r"`llm_hidden_states` must be of shape .*llm_state_size\), got \(3, [0-9]+\)"),
     ]
     for states, text in wrong:
         with pytest.raises(ValueError, match=text):
@@ -429,6 +429,27 @@ def test_self_contained_checkpoint(zoo, tmp_path, llm):
     assert not (tmp_path / "again" / "llm").exists()
     again = AutoModel.from_pretrained(tmp_path / "again", llm_model=loaded.llm)
     torch.testing.assert_close(again(**batch).logits, logits, rtol=0, atol=1e-6)
+
+
+def test_self_contained_checkpoint_of_several_processes(small, tmp_path):
+    """Only the main process writes, in shards of the size that was asked for, and deletes what it wrote before."""
+    model, _ = small
+    model.save_pretrained(tmp_path, is_main_process=False, save_llm=True)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+    model.save_pretrained(tmp_path, save_llm=True)
+    model.save_pretrained(tmp_path, save_llm=True, max_shard_size="40KB")
+    for folder in (tmp_path, tmp_path / "llm"):
+        assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1 and not (folder / "model.safetensors").exists()
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert all(map(torch.equal, loaded.llm.parameters(), model.llm.parameters()))
+
+
+def test_an_llm_that_can_not_be_saved_is_not_recorded(small, tmp_path):
+    model, _ = small
+    model.model.attach_llm(None)
+    with pytest.raises(ValueError, match="`save_llm=True` needs the LLM"):
+        model.save_pretrained(tmp_path, save_llm=True)
+    assert model.config.llm_in_checkpoint is False
 
 
 @pytest.mark.parametrize("kind", KINDS)

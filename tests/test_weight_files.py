@@ -14,7 +14,7 @@ from transformers import AutoModel
 
 from transformers_llm2slm import LLM2SLMForConditionalGeneration, lora_config
 from transformers_llm2slm.validation import check_weight_index
-from transformers_llm2slm.weight_files import stale_weights
+from transformers_llm2slm.weight_files import replacing_weights, stale_weights
 
 load = LLM2SLMForConditionalGeneration.from_pretrained
 PAIR = Pair("llama", "t5", "replace")
@@ -65,6 +65,17 @@ def test_weights_of_an_earlier_save_go(folders):
     model.save_pretrained(checkpoint, max_shard_size="100kB")
     index = {"model.safetensors.index.json", "model_of_mine.safetensors"}
     assert {file.name for file in checkpoint.glob("model*")} == sharded | index
+
+
+def test_only_the_main_process_deletes(tmp_path):
+    """What another process finds changed, the main process has written, or is about to."""
+    old, new = (tmp_path / name for name in ("model-00001-of-00001.safetensors", "model.safetensors"))
+    old.write_bytes(b"old")
+    for is_main_process in (False, True):
+        with replacing_weights(tmp_path, is_main_process):
+            new.write_bytes(b"new")
+        assert old.exists() is not is_main_process
+        new.unlink()
 
 
 def test_weights_that_are_there_twice_are_refused(folders):

@@ -32,7 +32,7 @@ from .loading import (
 )
 from .reference import check_llm_weights, gone_commit, pin_revision
 from .validation import check_config, check_llm_source
-from .weight_files import building, check_weight_files
+from .weight_files import building, check_weight_files, replacing_weights
 
 if TYPE_CHECKING:
     from .modeling_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMModel
@@ -238,6 +238,36 @@ def attach_pretrained_llm(
             check_llm_weights(config, llm, name, arguments)
     model.model.attach_llm(llm, check_writes(loaded) if whole else None)
     config.llm_dtype, config.llm_quantization_config = llm.dtype, quantization_of(llm)
+
+
+def save_llm_of(
+    model: LLM2SLMForConditionalGeneration,
+    folder: str | os.PathLike,
+    is_main_process: bool,
+    kwargs: Mapping[str, Any],
+) -> None:
+    """
+    Save the LLM of a model in the subfolder `llm/` of its checkpoint.
+
+    Args:
+        model: The model.
+        folder: Where its checkpoint is saved.
+        is_main_process: Whether this process writes. Of an LLM that is sharded, all must take part.
+        kwargs: The other arguments of `save_pretrained`; of them, `max_shard_size` is the LLM's too.
+
+    Raises:
+        ValueError: if there is no LLM, or its weights can't be written.
+    """
+    if model.llm is None:
+        raise ValueError("`save_llm=True` needs the LLM, but this model was loaded with `load_llm=False`.")
+    check_can_be_saved(model.llm)
+    # transformers can't turn quantised weights back into the files that they were loaded from.
+    original = quantization_of(model.llm) is None
+    llm = model.llm if model.model.whole_llm is None else model.model.whole_llm
+    shards = {name: value for name, value in kwargs.items() if name == "max_shard_size"}
+    place = os.path.join(folder, LLM_SUBFOLDER)
+    with replacing_weights(place, is_main_process):
+        llm.save_pretrained(place, is_main_process, save_original_format=original, **shards)
 
 
 def check_can_be_saved(llm: PreTrainedModel) -> None:

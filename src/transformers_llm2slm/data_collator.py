@@ -54,7 +54,7 @@ class LLM2SLMDataCollator:
         Returns:
             The processor's batch of tensors, with `labels` of shape `(batch_size, response_length)`; the same as
             `shift_labels`, since ours stand where they are scored (TRL reads them so); `decoder_input_ids`; and
-            `llm_hidden_states` of shape `(batch_size, prompt_length, num_llm_states, llm_hidden_size)` if the rows bring
+            `llm_hidden_states` of shape `(batch_size, prompt_length, num_llm_states, llm_state_size)` if the rows bring
             them.
 
         Raises:
@@ -80,7 +80,7 @@ class LLM2SLMDataCollator:
 
 
 def _padded_states(rows: Sequence[torch.Tensor | None], attention_mask: torch.Tensor) -> torch.Tensor:
-    """The rows' states, each of shape `(prompt_length, num_llm_states, llm_hidden_size)`, where the mask has tokens."""
+    """The rows' states, each of shape `(prompt_length, num_llm_states, llm_state_size)`, where the mask has tokens."""
     states: list[torch.Tensor] = []
     for index, (row, length) in enumerate(zip(rows, attention_mask.sum(dim=1).tolist(), strict=True)):
         if row is None or len(row) != length:

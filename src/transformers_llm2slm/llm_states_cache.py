@@ -91,7 +91,7 @@ def cache_llm_states(
 
     Returns:
         `datasets.Dataset`: The rows, in their order, with `llm_hidden_states` (a tensor of shape `(prompt_length,
-        num_llm_states, llm_hidden_size)`), read from disk when a row is asked for.
+        num_llm_states, llm_state_size)`), read from disk when a row is asked for.
 
     Raises:
         ValueError: for a cache that was made with another LLM, layer, tokenizer, length or dtype; a row without prompt;
@@ -223,7 +223,7 @@ class PromptReader:
         return self.processor(text=list(prompts), truncation=True, max_length=self.max_prompt_length)["input_ids"]
 
     def read(self, token_ids: Sequence[list[int]]) -> list[torch.Tensor]:
-        """States of token sequences, each of shape `(prompt_length, num_llm_states, llm_hidden_size)`, on the CPU."""
+        """States of token sequences, each of shape `(prompt_length, num_llm_states, llm_state_size)`, on the CPU."""
         states: dict[int, torch.Tensor] = {}
         order = sorted(range(len(token_ids)), key=lambda index: -len(token_ids[index]))
         for start in range(0, len(order), self.batch_size):

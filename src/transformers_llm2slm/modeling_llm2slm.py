@@ -13,7 +13,6 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .checkpoint import (
     attach_pretrained_llm,
-    check_can_be_saved,
     check_checkpoint,
     check_loaded,
     checkpoint_location,
@@ -22,13 +21,14 @@ from .checkpoint import (
     keep_first_names,
     llm_left_out,
     record_llm_precision,
+    save_llm_of,
 )
 from .composition import compose
-from .configuration_llm2slm import LLM_SUBFOLDER, LLM2SLMConfig, check_choice
+from .configuration_llm2slm import LLM2SLMConfig, check_choice
 from .generation import LLM2SLMGenerationMixin
 from .key_values import KeyValueProjector, cached_length, continued_prompt
 from .llm_states import read_llm_states
-from .loading import HUB_ARGUMENTS, build_slm, freeze, quantization_of, take_prefixed
+from .loading import HUB_ARGUMENTS, build_slm, freeze, take_prefixed
 from .outputs import LLM2SLMModelOutput, LLM2SLMOutput, cache_of
 from .projector import LLM2SLMProjector
 from .prompt import LLM2SLMPrompt, check_labels, check_response_length, fuse, prompt_mask, slm_view
@@ -181,8 +181,8 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
             slm_attention_mask (`torch.Tensor` of shape `(batch_size, slm_prompt_length)`, *optional*).
             alignment (`torch.LongTensor` of shape `(batch_size, slm_prompt_length)`): For each SLM token, which of the
                 row's LLM tokens (padding not counted) covers the same characters (`fusion="align"`).
-            llm_hidden_states (`torch.Tensor` of shape `(batch_size, prompt_length, llm_hidden_size)` or
-                `(batch_size, prompt_length, num_llm_states, llm_hidden_size)`, *optional*): What the LLM made of the
+            llm_hidden_states (`torch.Tensor` of shape `(batch_size, prompt_length, llm_state_size)` or
+                `(batch_size, prompt_length, num_llm_states, llm_state_size)`, *optional*): What the LLM made of the
                 prompt, from [`~LLM2SLMModel.llm_states`]; the LLM is then not run.
 
         Raises:
@@ -273,9 +273,7 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
         use_cache: bool = False,
         **kwargs: Any,
     ) -> LLM2SLMModelOutput:
-        """
-        The SLM's states at the response's positions. Arguments as for [`LLM2SLMForConditionalGeneration`].
-        """
+        """The SLM's states at the response's positions. Arguments as for [`LLM2SLMForConditionalGeneration`]."""
         if prompt is None:
             prompt = self.encode_prompt(
                 input_ids, attention_mask, slm_input_ids, slm_attention_mask, alignment, llm_hidden_states
@@ -434,31 +432,34 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMGenerationMixin, LLM2SLM
         return (model, info) if wants_info else model
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, save_llm: bool = False, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        *args: Any,
+        save_llm: bool = False,
+        **kwargs: Any,
     ) -> None:
         """
         Save projector and SLM; the LLM is named in the config, by repository, commit and fingerprint.
 
         Args:
             save_directory (`str` or `os.PathLike`): Where to.
+            is_main_process (`bool`, defaults to `True`): Whether this process writes; the others help to gather weights.
             save_llm (`bool`, defaults to `False`): Save the LLM too, in the subfolder `llm/`, for a checkpoint that
                 needs nothing else.
             include_code (`bool`, defaults to `False`): Save a copy of the code too, see [`IncludesCode`].
             args, kwargs: As for any `save_pretrained` (`push_to_hub`, `max_shard_size`, `state_dict` ...).
+
+        Raises:
+            ValueError: for `save_llm=True` without an LLM, or with one whose weights can't be written.
         """
-        self.config.llm_in_checkpoint = save_llm
         if save_llm:
-            if self.llm is None:
-                raise ValueError("`save_llm=True` needs the LLM, but this model was loaded with `load_llm=False`.")
-            check_can_be_saved(self.llm)
-            # transformers can't turn quantised weights back into the files that they were loaded from.
-            original = quantization_of(self.llm) is None
-            llm = self.llm if self.model.whole_llm is None else self.model.whole_llm
-            llm.save_pretrained(os.path.join(save_directory, LLM_SUBFOLDER), save_original_format=original)
+            save_llm_of(self, save_directory, is_main_process, kwargs)
+        self.config.llm_in_checkpoint = save_llm
         if (state_dict := kwargs.get("state_dict")) is not None:
             kwargs["state_dict"] = checkpoint_state_dict(self, state_dict)
-        with replacing_weights(save_directory):
-            super().save_pretrained(save_directory, *args, **kwargs)
+        with replacing_weights(save_directory, is_main_process):
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     def export(self, folder: str | os.PathLike, format: str = "onnx", int8: bool = False) -> Any:
         """
@@ -542,6 +543,10 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMGenerationMixin, LLM2SLM
 
         Returns:
             [`LLM2SLMOutput`], or a tuple with `return_dict=False`.
+
+        Raises:
+            ValueError: for labels that are not tokens of the SLM, an empty prompt or batch, or one that lacks what the fusion
+                needs; for a prompt or response that is longer than LLM or SLM take.
         """
         # Not in the signature, since `Trainer` waits for every argument with "label" in its name.
         shift_labels = kwargs.pop("shift_labels", None)

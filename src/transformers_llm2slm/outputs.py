@@ -38,7 +38,7 @@ class LLM2SLMModelOutput(_OldName, ModelOutput):
 class LLM2SLMOutput(_OldName, ModelOutput):
     """
     Args:
-        loss (`torch.Tensor` of shape `(1,)`, *optional*): The SLM's own language-model loss over the response.
+        loss (`torch.Tensor`, a scalar, *optional*): The SLM's own language-model loss over the response.
         logits (`torch.Tensor` of shape `(batch_size, response_length, vocab_size)`): `logits[:, t]` scores token `t` of
             the response.
         cache (`Cache`, *optional*): The SLM's cache.

@@ -70,7 +70,7 @@ def prompt_mask(
     for name, shape in shapes.items():
         states = name == "llm_hidden_states"
         if len(shape) not in ((3, 4) if states else (2,)):
-            expected = "prompt_length, [num_llm_states, ]llm_hidden_size" if states else "prompt_length"
+            expected = "prompt_length, [num_llm_states, ]llm_state_size" if states else "prompt_length"
             raise ValueError(f"`{name}` must be of shape (batch_size, {expected}), got {shape}.")
     if len({shape[:2] for shape in shapes.values()}) > 1:
         found = ", ".join(f"`{name}` is of shape {shape}" for name, shape in shapes.items())

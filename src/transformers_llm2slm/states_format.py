@@ -26,11 +26,11 @@ def check_dtype(dtype: str) -> str:
     return dtype
 
 
-def bytes_per_token(num_llm_states: int, llm_hidden_size: int, dtype: str) -> int:
+def bytes_per_token(num_llm_states: int, llm_state_size: int, dtype: str) -> int:
     """Bytes that the states of one token take on disk."""
     if dtype == "int8":
-        return num_llm_states * math.ceil(llm_hidden_size / _GROUP) * (_GROUP + 4)
-    return num_llm_states * llm_hidden_size * DTYPES[dtype].itemsize
+        return num_llm_states * math.ceil(llm_state_size / _GROUP) * (_GROUP + 4)
+    return num_llm_states * llm_state_size * DTYPES[dtype].itemsize
 
 
 def encode_states(states: torch.Tensor, dtype: str) -> tuple[bytes, float, float]:
@@ -38,7 +38,7 @@ def encode_states(states: torch.Tensor, dtype: str) -> tuple[bytes, float, float
     The states of a prompt as bytes.
 
     Args:
-        states (`torch.Tensor` of shape `(prompt_length, num_llm_states, llm_hidden_size)`), on the CPU.
+        states (`torch.Tensor` of shape `(prompt_length, num_llm_states, llm_state_size)`), on the CPU.
         dtype (`str`): How to store them.
 
     Returns:
@@ -72,11 +72,11 @@ def decode_states(data: bytes, shape: tuple[int, int], dtype: str) -> torch.Tens
 
     Args:
         data (`bytes`): The states of one prompt.
-        shape (`tuple[int, int]`): `(num_llm_states, llm_hidden_size)`.
+        shape (`tuple[int, int]`): `(num_llm_states, llm_state_size)`.
         dtype (`str`): How they were stored.
 
     Returns:
-        `torch.Tensor` of shape `(prompt_length, num_llm_states, llm_hidden_size)`, in `dtype`; in float32 for `"int8"`.
+        `torch.Tensor` of shape `(prompt_length, num_llm_states, llm_state_size)`, in `dtype`; in float32 for `"int8"`.
     """
     array = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
     if dtype != "int8":

@@ -108,8 +108,11 @@ def stale_weights(held: Iterable[str], written: Iterable[str]) -> list[str]:
 
 
 @contextmanager
-def replacing_weights(folder: str | os.PathLike) -> Iterator[None]:
-    """While this lasts, weights are saved to a folder; those of an earlier save, in other files, are deleted at its end."""
+def replacing_weights(folder: str | os.PathLike, is_main_process: bool = True) -> Iterator[None]:
+    """
+    While this lasts, weights are saved to a folder; those of an earlier save, in other files, are deleted at its end, by
+    the main process.
+    """
 
     def stamps() -> dict[str, int]:
         files = Path(folder).glob("model*.safetensors*")
@@ -117,7 +120,7 @@ def replacing_weights(folder: str | os.PathLike) -> Iterator[None]:
 
     before = stamps()
     yield
-    after = stamps()
+    after = stamps() if is_main_process else {}
     for name in stale_weights(after, (name for name in after if after[name] != before.get(name))):
         Path(folder, name).unlink()
 
