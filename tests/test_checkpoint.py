@@ -14,7 +14,8 @@ import torch
 from conftest import PROMPTS, Pair
 from transformers import AutoModel, AutoModelForCausalLM
 
-from transformers_llm2slm import LLM2SLMForConditionalGeneration
+from transformers_llm2slm import LLM2SLMForConditionalGeneration, loading
+from transformers_llm2slm import checkpoint as checkpoint_module
 from transformers_llm2slm.checkpoint import checkpoint_state_dict, is_checkpoint_key
 
 load = LLM2SLMForConditionalGeneration.from_pretrained
@@ -141,6 +142,23 @@ def test_a_local_copy_a_model_in_memory_and_another_precision(checkpoint):
     assert through_auto.llm.dtype is torch.bfloat16 and through_auto.dtype is torch.float32
     # float16 rounds otherwise than the fingerprint; it is then taken from the files.
     assert load(checkpoint, llm_name_or_path=str(moved), llm_dtype=torch.float16).llm.dtype is torch.float16
+
+
+def test_an_error_that_passes_is_told(checkpoint, monkeypatch):
+    """A second try might succeed, and would load an LLM that nothing was compared with."""
+    real, calls = loading.load_config, []
+
+    def load_config(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError("503 Server Error")
+        return real(*arguments)
+
+    for module in (checkpoint_module, loading):
+        monkeypatch.setattr(module, "load_config", load_config)
+    with pytest.raises(OSError, match=r"The frozen LLM .* could not be loaded: 503 Server Error\nPass a local copy"):
+        load(checkpoint)
+    assert load(checkpoint).llm is not None
 
 
 def test_load_llm_false(checkpoint):

@@ -30,7 +30,7 @@ from .loading import (
     load_llm,
     quantization_of,
 )
-from .reference import check_llm_weights, gone_commit, pin_revision
+from .reference import check_llm_weights, gone_commit, llm_unreachable, pin_revision
 from .validation import check_config, check_llm_source
 from .weight_files import building, check_weight_files, replacing_weights
 
@@ -299,7 +299,9 @@ def _load_checked(
     except (OSError, ValueError) as error:
         if text := gone_commit(config, error, arguments):
             raise OSError(text) from error
-        return load_llm(name, **arguments)  # says what is wrong, and what to do
+        if isinstance(error, OSError):
+            raise OSError(llm_unreachable(name, arguments.get("revision"), error)) from error
+        raise
     check_llm_config(config, llm_config, repr(name))
     # Files that hold the LLM quantised say themselves how.
     if quantise_as_recorded and config.llm_quantization_config and not hasattr(llm_config, "quantization_config"):
