@@ -268,6 +268,12 @@ def test_estimate(llm, slm):
     }
 
 
+@pytest.mark.parametrize("fusion", ["align", "llm-embed"])
+def test_estimate_of_other_fusions(fusion):
+    found = estimate(T5(), LLAMA(), **LENGTHS, fusion=fusion, seconds=0.1)
+    assert found.fusion == fusion and found.speed["hybrid"].project_seconds > 0
+
+
 def test_keys_and_values():
     """By hand: two layers, 4 heads of 8, for 5 tokens of a response and 6 of a prompt; 3 layers, 2 heads, 6 + 5 - 1 tokens."""
     found = estimate(T5(), LLAMA(), **LENGTHS, batch_size=3, num_beams=2, llm_dtype="bfloat16", seconds=0.1)

@@ -327,7 +327,11 @@ def projecting_seconds(config: LLM2SLMConfig, slm: Writer, llm_dtype: torch.dtyp
     projector = LLM2SLMProjector(config).to(slm_dtype)
     input_ids = slm.tokens(*shape)
     mask = torch.ones_like(input_ids)
-    return seconds_of(lambda: fuse(config.fusion, slm.model, projector(states), mask, input_ids), repeats=3)
+    view = {}
+    if config.fusion == "align":  # as many tokens for the SLM as for the LLM
+        ranks = torch.arange(shape[1]).expand(shape)
+        view = {"slm_input_ids": input_ids, "slm_attention_mask": mask, "alignment": ranks}
+    return seconds_of(lambda: fuse(config.fusion, slm.model, projector(states), mask, input_ids, **view), repeats=3)
 
 
 # What follows from it ------------------------------------------------------------------------------------------------
