@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from conftest import ROWS, loaded
 from safetensors.torch import load_file
+from transformers import Seq2SeqTrainingArguments
 
 from transformers_llm2slm import LLM2SLMDataCollator
+from transformers_llm2slm.cli.train import training_arguments
 
 pytestmark = pytest.mark.usefixtures("own_settings")
 
@@ -51,6 +54,18 @@ def test_train(run, checkpoint, rows_file, tmp_path):
     arguments = torch.load(out / "training_args.bin", weights_only=False)
     assert (arguments.warmup_steps, arguments.gradient_accumulation_steps) == (1, 2)
     assert arguments.bf16 and arguments.gradient_checkpointing
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_by_either_name(tmp_path, name, value):
+    """A setting comes last, and before the option of the command, by the old name and by transformers' new one."""
+    names = {field.name for field in dataclasses.fields(Seq2SeqTrainingArguments)}
+    if name not in names:
+        pytest.skip("this transformers has the old name only")
+    arguments = training_arguments(tmp_path, [f"{name}={str(value).lower()}"], gradient_checkpointing=not value)
+    found = "activation_checkpointing" if "activation_checkpointing" in names else name
+    assert getattr(arguments, found) is value
 
 
 def test_interrupted_training_goes_on(run, error, checkpoint, rows_file, tmp_path):

@@ -258,7 +258,7 @@ def training_arguments(output_dir: Path, settings: Sequence[str], **options: Any
             raise ValueError(f"`--set {name}=` takes a number or true or false, got {text!r}.")
         options[name] = value
     if "activation_checkpointing" in fields:  # its name from transformers 5.23 on, where the old one warns
-        options["activation_checkpointing"] = options.pop("gradient_checkpointing", None)
+        options.setdefault("activation_checkpointing", options.pop("gradient_checkpointing", None))
     defaults = {
         "remove_unused_columns": False,
         "report_to": "none",
