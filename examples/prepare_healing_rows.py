@@ -42,8 +42,11 @@ class HealingArguments:
 
 
 def cut_in_two(text: str, places: random.Random) -> dict[str, str] | None:
-    """The `prompt` and `completion` that a text makes, cut at a word by chance; `None` of one that is too short."""
-    words = text.split(" ")
+    """
+    The `prompt` and `completion` that a text makes, cut at a word by chance; `None` of one that is too short. White space
+    at its ends is left out, so that there are words on both sides.
+    """
+    words = text.strip().split(" ")
     if len(words) < FEWEST_WORDS:
         return None
     place = places.randint(FEWEST_WORDS // 2, len(words) - FEWEST_WORDS // 2)
@@ -75,7 +78,7 @@ def write_rows(arguments: HealingArguments) -> dict[str, int]:
         max_rows=arguments.max_samples,
     )
     places = random.Random(arguments.seed)
-    texts = (" ".join(text.split(" ")[: arguments.max_words]) for text in rows["prompt"])
+    texts = (" ".join(text.strip().split(" ")[: arguments.max_words]) for text in rows["prompt"])
     made = [cut_in_two(text, places) for text in texts]
     written = [row for row in made if row is not None]
     if not written:

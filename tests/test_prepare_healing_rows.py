@@ -39,6 +39,14 @@ def test_prompt_and_completion_are_the_text(script, texts, capsys):
     assert "1 texts are left out" in capsys.readouterr().out
 
 
+def test_white_space_at_the_ends_is_no_word(script, texts):
+    """A prompt of nothing else would make the whole file one that can't be read."""
+    texts.write_text(json.dumps({"text": "\n" + 40 * " " + "one two three four  "}) + "\n")
+    for flags in ([], ["--max_words", "4"]):
+        assert made(script, texts, *flags) == [{"prompt": "one two", "completion": " three four"}]
+        texts.with_name("rows.jsonl").unlink()
+
+
 def test_places_are_by_chance_and_the_same_for_a_seed(script):
     text = " ".join(map(str, range(40)))
     cuts = [[script.cut_in_two(text, places) for _ in range(20)] for places in map(random.Random, (1, 1, 2))]
