@@ -187,6 +187,8 @@ def test_command_line_exports_and_generates(small, tmp_path, capsys):
 def test_what_is_exported_is_left_as_it_was(small, tmp_path):
     model, _ = small
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train().export(tmp_path)
+    assert model.training and model.slm.training and not model.llm.training
     attention, head = model.slm.config._attn_implementation, model.slm.get_output_embeddings().weight
     with exporting(model.slm, ATTENTION):
         assert model.slm.config._attn_implementation == ATTENTION

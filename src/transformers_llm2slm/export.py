@@ -24,6 +24,7 @@ from .evaluation import require_extra
 from .export_graphs import ATTENTION, exporting, graphs_of
 from .exported import LLM2SLMExportedModel, check_export
 from .loading import quantization_of
+from .probes import eval_mode
 from .shortlist import shortlisted
 
 if TYPE_CHECKING:
@@ -58,7 +59,12 @@ def export_model(
     folder = Path(folder)
     if any(folder.glob("*.safetensors")):
         raise ValueError(f"{str(folder)!r} holds a checkpoint. Export to another folder, or to a subfolder of it.")
-    model = in_float32(model)
+    with eval_mode(model):
+        return _exported(in_float32(model), folder, format, int8)
+
+
+def _exported(model: LLM2SLMForConditionalGeneration, folder: Path, format: str, int8: bool) -> LLM2SLMExportedModel:
+    """The export of a model in eval mode, compared with it. Raises a `RuntimeError` where there is none that agrees."""
     failures: list[Exception] = []
     for attention in (ATTENTION, "eager"):  # the first is faster; a family may need more of an attention than it gives
         try:
@@ -82,7 +88,7 @@ def export_model(
 
 def in_float32(model: LLM2SLMForConditionalGeneration) -> LLM2SLMForConditionalGeneration:
     """
-    The model in eval mode, on the CPU and in float32, in which graphs are traced: itself, or a copy.
+    The model on the CPU and in float32, in which graphs are traced: itself, or a copy.
 
     Raises:
         ValueError: for a quantised LLM.
@@ -92,7 +98,6 @@ def in_float32(model: LLM2SLMForConditionalGeneration) -> LLM2SLMForConditionalG
             f"The LLM's weights are quantised ({(quantization_of(model.llm) or {}).get('quant_method')}), which no graph takes. "
             "Load it in full precision, and export with `int8=True` for a small graph."
         )
-    model.eval()
     if all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters()):
         return model
     return copy.deepcopy(model).to("cpu", torch.float32)
