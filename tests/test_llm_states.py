@@ -48,7 +48,13 @@ def test_layers_that_are_asked_for(zoo, family):
     expected = body(**INPUTS, output_hidden_states=True, return_dict=True).hidden_states
     total = len(expected) - 1
     runs = count_runs(body.get_submodule(layer_list(body, total)))
-    for layers in [[layer] for layer in range(-total - 1, total + 1)] + [[0, total - 1], [1, 0, 1], [-1, 0], [-2]]:
+    for layers in [[layer] for layer in range(-total - 1, total + 1)] + [
+        [0, total - 1],
+        [1, 0, 1],
+        [-1, 0],
+        [-2],
+        [-1, total],
+    ]:
         runs.clear()
         states = hidden_states(body, layers, total, INPUTS)
         for layer, state in zip(layers, states, strict=True):

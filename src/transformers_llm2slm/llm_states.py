@@ -79,7 +79,7 @@ def hidden_states(
             if (reached := _layer_inputs(body, layers, num_layers, inputs)) is not None:
                 return reached
         if set(layers) == {num_layers}:
-            layers = [-1]
+            layers = [-1] * len(layers)
     if set(layers) == {-1}:
         return [body(**inputs).last_hidden_state] * len(layers)
     outputs = body(**inputs, output_hidden_states=True)
