@@ -233,6 +233,8 @@ def test_prompts_that_are_refused(small, call):
         read(input_ids=ids)
     with pytest.raises(ValueError, match="The prompt is empty: the LLM needs at least one token to read"):
         read(input_ids=ids[:, :0], attention_mask=mask[:, :0])
+    with pytest.raises(ValueError, match="must hold at least one prompt, found none: .* Leave empty batches out"):
+        read(input_ids=ids[:0], attention_mask=mask[:0])
     emptied = mask.clone()
     emptied[1] = 0
     with pytest.raises(ValueError, match="Prompt 1 of the batch is empty"):
@@ -282,6 +284,16 @@ def test_prompts_longer_than_the_models_take(zoo):
         for read in (model.encode_prompt, model.forward, model.generate):
             with pytest.raises(ValueError, match=text):
                 read(torch.full((1, limit + 1), 5))
+
+
+def test_the_limit_of_an_encoder_that_was_dropped_does_not_count(zoo):
+    """BART's encoder takes 128 tokens; its decoder sees the prompt by cross-attention, which knows no positions."""
+    model, _ = zoo.compose(Pair("t5", "bart", "replace", (("slm_encoder", "skip"),)))
+    ids = torch.full((1, 129), 5)
+    assert model.encode_prompt(ids).prompt_states.shape[1] == 129
+    labels = torch.tensor([[7, 8]])
+    logits = [model(ids + change, labels=labels).logits for change in (0, torch.eye(129, dtype=torch.long)[-1:])]
+    assert logits[0].shape[1] == 2 and (logits[0] - logits[1]).abs().max() > 1e-4  # the last token is seen
 
 
 def test_prompt_and_response_longer_than_the_slm_takes(small_causal):

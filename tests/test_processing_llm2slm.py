@@ -302,6 +302,8 @@ def test_tokenizers_without_special_tokens(zoo, make):
         ({"text": ["Hello", ""]}, r"Prompt 1 is empty: the LLM needs text to read"),
         ({"text": ["Hello", "Hi", " \t\n\u3000"]}, r"Prompt 2 is empty"),
         ({"text": ""}, r"Prompt 0 is empty"),
+        ({"text": []}, r"`text` must hold at least one text, found none. Leave empty batches out"),
+        ({"text_target": (), "padding": True}, r"`text_target` must hold at least one text, found none"),
         ({"text": ["Hello", None]}, r"Prompt 1 is no text but NoneType; pass strings"),
         ({"text": [["Hello"]]}, r"Prompt 0 is no text but list"),
         ({"text": ["a", "b"], "text_target": "c"}, r"Each prompt needs one response, got 2 and 1"),

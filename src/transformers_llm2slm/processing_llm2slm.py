@@ -270,7 +270,7 @@ class LLM2SLMProcessor(IncludesCode, ProcessorMixin):
             -100.
 
         Raises:
-            ValueError: for an empty prompt, or one that is too long and not to be truncated, or numbers of prompts and
+            ValueError: for an empty batch, an empty prompt, or one that is too long and not to be truncated, or numbers of prompts and
                 responses that differ.
         """
         if text is None and text_target is None:
@@ -288,13 +288,13 @@ class LLM2SLMProcessor(IncludesCode, ProcessorMixin):
         slm_limits = [self.slm_max_prompt_length, max_length if static else None]
         slm_max_length = min((limit for limit in slm_limits if limit is not None), default=None)
         if text is not None:
-            prompts: list[Any] = [text] if _is_single(text) else list(text)
-            if prompts and all(map(is_conversation, prompts)):
+            prompts = _some_texts("text", text)
+            if all(map(is_conversation, prompts)):
                 prompts = list(self.apply_chat_template(prompts, add_generation_prompt=True))
                 add_special_tokens = False
             columns |= self._prompt_columns(prompts, truncation, max_length, slm_max_length, add_special_tokens)
         if text_target is not None:
-            responses = [text_target] if _is_single(text_target) else list(text_target)
+            responses = _some_texts("text_target", text_target)
             columns["labels"] = self.response_ids(
                 list(map(_response_text, responses)), max_target_length if truncation else None
             )
@@ -458,6 +458,14 @@ def is_conversation(value: Any) -> bool:
 
 def _is_single(text: Any) -> bool:
     return isinstance(text, str) or is_conversation(text)
+
+
+def _some_texts(name: str, text: Any) -> list[Any]:
+    """One text or several as a list. Raises a `ValueError` for none, by the `name` of the argument."""
+    texts = [text] if _is_single(text) else list(text)
+    if not texts:
+        raise ValueError(f"`{name}` must hold at least one text, found none. Leave empty batches out.")
+    return texts
 
 
 def _response_text(response: Any) -> str:

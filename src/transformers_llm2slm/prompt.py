@@ -12,7 +12,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .configuration_llm2slm import LLM2SLMConfig, decoder_text_config, encoder_text_config
 from .key_values import last_tokens
-from .structure import embed_tokens, move_padding, position_limit
+from .structure import DroppedModule, embed_tokens, move_padding, position_limit
 
 
 @dataclass
@@ -56,7 +56,7 @@ def prompt_mask(
     The attention mask `(batch_size, prompt_length)` of a prompt.
 
     Raises:
-        ValueError: if there is no prompt, its parts are not of one shape, a row has no token, padding is not marked, or
+        ValueError: if there is no prompt, the batch is empty, its parts are not of one shape, a row has no token, padding is not marked, or
             tokens are not the LLM's.
     """
     tokens = input_ids if input_ids is not None else llm_hidden_states
@@ -85,6 +85,10 @@ def prompt_mask(
         attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
     if torch.compiler.is_compiling():
         return attention_mask
+    if tokens.shape[0] == 0:
+        raise ValueError(
+            "The batch must hold at least one prompt, found none: its parts are of batch size 0. Leave empty batches out."
+        )
     if tokens.shape[1] == 0 or bool((attention_mask.sum(dim=1) == 0).any()):
         rows = [] if tokens.shape[1] == 0 else (attention_mask.sum(dim=1) == 0).nonzero()[:, 0].tolist()
         which = f"Prompt {rows[0]} of the batch is" if rows else "The prompt is"
@@ -157,7 +161,10 @@ def fuse(
             )
         if fusion == "add":
             projected = projected + embed_tokens(slm, input_ids)
-    check_prompt_length(projected, slm, "SLM")
+    if not (slm.config.is_encoder_decoder and isinstance(slm.get_encoder(), DroppedModule)):
+        check_prompt_length(
+            projected, slm, "SLM"
+        )  # else nothing but cross-attention sees it, which knows no positions
     last = last_tokens(input_ids, mask) if fusion == "kv" else None  # type: ignore[arg-type]  # checked above
     return LLM2SLMPrompt(prompt_states=projected, attention_mask=mask.to(device), last_token_ids=last)
 
