@@ -26,11 +26,12 @@ from .loading import (
     adopt_llm,
     check_writes,
     hub_place,
+    llm_unreachable,
     load_config,
     load_llm,
     quantization_of,
 )
-from .reference import check_llm_weights, gone_commit, llm_unreachable, pin_revision
+from .reference import check_llm_weights, gone_commit, pin_revision
 from .validation import check_config, check_llm_source
 from .weight_files import building, check_weight_files, replacing_weights
 

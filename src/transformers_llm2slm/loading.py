@@ -208,12 +208,7 @@ def load_llm(
         with building(f"The LLM {name_or_path!r}", ValueError, OSError):
             llm, info = model_class.from_pretrained(name_or_path, config=config, **kwargs)
     except OSError as error:
-        revision = f" (revision {kwargs['revision']})" if kwargs.get("revision") else ""
-        raise OSError(
-            f"The frozen LLM {name_or_path!r}{revision} could not be loaded: {error}\nPass a local copy with "
-            "`llm_name_or_path=`, a model in memory with `llm_model=`, or go without it with `load_llm=False` (training "
-            "on cached states, or writing from prompts encoded elsewhere)."
-        ) from error
+        raise OSError(llm_unreachable(name_or_path, kwargs.get("revision"), error)) from error
     # What a family computes and so leaves out of its checkpoints (sinusoidal positions), it names with any prefix.
     computed = tuple(llm._keys_to_ignore_on_load_missing or ())
     missing = [key for key in info["missing_keys"] if not any(name.endswith(key) for name in computed)]
@@ -224,6 +219,16 @@ def load_llm(
             "`llm_name_or_path` and its config belong together."
         )
     return freeze(llm)
+
+
+def llm_unreachable(name_or_path: str, revision: str | None, error: OSError) -> str:
+    """What to tell of an LLM that could not be loaded, and how to go on without it."""
+    at = f" (revision {revision})" if revision else ""
+    return (
+        f"The frozen LLM {name_or_path!r}{at} could not be loaded: {error}\nPass a local copy with `llm_name_or_path=`, a "
+        "model in memory with `llm_model=`, or go without it with `load_llm=False` (training on cached states, or writing "
+        "from prompts encoded elsewhere)."
+    )
 
 
 def adopt_llm(model: PreTrainedModel) -> PreTrainedModel:

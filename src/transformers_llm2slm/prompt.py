@@ -161,10 +161,9 @@ def fuse(
             )
         if fusion == "add":
             projected = projected + embed_tokens(slm, input_ids)
+    # Where the encoder was dropped, nothing but cross-attention sees the prompt, which knows no positions.
     if not (slm.config.is_encoder_decoder and isinstance(slm.get_encoder(), DroppedModule)):
-        check_prompt_length(
-            projected, slm, "SLM"
-        )  # else nothing but cross-attention sees it, which knows no positions
+        check_prompt_length(projected, slm, "SLM")
     last = last_tokens(input_ids, mask) if fusion == "kv" else None  # type: ignore[arg-type]  # checked above
     return LLM2SLMPrompt(prompt_states=projected, attention_mask=mask.to(device), last_token_ids=last)
 

@@ -169,16 +169,6 @@ def _place(name_or_path: Any, revision: Any) -> str:
     return f"{name_or_path!r}" + (f" at {revision}" if revision else "")
 
 
-def llm_unreachable(name_or_path: str, revision: str | None, error: OSError) -> str:
-    """What to tell of an LLM that could not be loaded, and how to go on without it."""
-    at = f" (revision {revision})" if revision else ""
-    return (
-        f"The frozen LLM {name_or_path!r}{at} could not be loaded: {error}\nPass a local copy with `llm_name_or_path=`, a "
-        "model in memory with `llm_model=`, or go without it with `load_llm=False` (training on cached states, or writing "
-        "from prompts encoded elsewhere)."
-    )
-
-
 def gone_commit(config: LLM2SLMConfig, error: BaseException, kwargs: Mapping[str, Any]) -> str | None:
     """
     What to tell of an LLM that could not be loaded since its commit is gone from the Hub; `None` for another reason.
