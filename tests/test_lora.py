@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import PROMPTS, RESPONSES, Pair
 from datasets import Dataset
-from peft import AutoPeftModel, PeftModel, get_peft_model
+from peft import AutoPeftModel, AutoPeftModelForSeq2SeqLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_sft import SETTINGS
 from test_trainer import ROWS, losses, make_trainer, without_dropout
@@ -255,8 +255,36 @@ def test_errors(small):
         lora_config(model, target_modules=["q", "c_attn"])
     with pytest.raises(ValueError, match=r"`modules_to_save` names 'score'"):
         lora_config(model, modules_to_save=["score"])
-    with pytest.raises(ValueError, match=r"`task_type='SEQ_2_SEQ_LM'` makes PEFT .* Leave it out"):
-        lora_config(model, task_type="SEQ_2_SEQ_LM")
+    with pytest.raises(
+        ValueError, match=r"`task_type='CAUSAL_LM'` makes an adapter that PEFT can't load .* Leave it out"
+    ):
+        lora_config(model, task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_2_SEQ_LM", "CAUSAL_LM"])
+@pytest.mark.parametrize("pair", ["small", "small_causal"])
+def test_a_task_type_changes_nothing(request, pair, task_type):
+    """With one, PEFT names arguments that models have commonly, `inputs_embeds=None` for instance."""
+    model, processor = request.getfixturevalue(pair)
+    batch = batch_of(processor)
+    logits = model(**batch).logits
+    targets = ["q", "v"] if pair == "small" else ["q_proj", "v_proj"]
+    adapted = get_peft_model(model, LoraConfig(task_type=task_type, target_modules=targets)).eval()
+    torch.testing.assert_close(adapted(**batch).logits, logits, rtol=0, atol=1e-5)
+    tokens = adapted.generate(**processor(PROMPTS[0], return_tensors="pt"), max_new_tokens=4)
+    assert torch.equal(tokens, model.generate(**processor(PROMPTS[0], return_tensors="pt"), max_new_tokens=4))
+    with pytest.raises(
+        ValueError, match=r"takes no `inputs_embeds`: pass the prompt as `input_ids`, .* virtual tokens"
+    ):
+        adapted(inputs_embeds=torch.zeros(1, 4, 32), labels=batch["labels"])
+
+
+def test_an_adapter_with_a_task_type_is_loaded(saved, tmp_path):
+    model, processor = saved
+    adapted = disturb(get_peft_model(model, lora_config(model, r=4, task_type="SEQ_2_SEQ_LM")))
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(loaded(**batch_of(processor)).logits, adapted(**batch_of(processor)).logits)
 
 
 def test_a_model_that_was_never_saved(small, saved, caplog, monkeypatch, tmp_path):

@@ -53,19 +53,20 @@ def lora_config(
             `peft.LoraConfig`.
         kwargs: Other fields of `peft.LoraConfig`. `target_modules` and `modules_to_save` mean modules of the SLM: a list
             names them by how their names end, a string for `target_modules` is a regular expression for their full names
-            (`model.slm...`). The projector is in `modules_to_save` in any case.
+            (`model.slm...`). The projector is in `modules_to_save` in any case. With `task_type="SEQ_2_SEQ_LM"`, which is not
+            needed, `AutoPeftModelForSeq2SeqLM` loads the adapter, and `AutoPeftModel` doesn't.
 
     Raises:
         ImportError: without the extra `peft`.
-        ValueError: for modules that the SLM has not, and for a `task_type`.
+        ValueError: for modules that the SLM has not, and for another `task_type`.
     """
     require_extra("peft", "peft")
     from peft import LoraConfig
 
-    if kwargs.get("task_type") is not None:
+    if kwargs.get("task_type") not in (None, "SEQ_2_SEQ_LM"):
         raise ValueError(
-            f"`task_type={kwargs['task_type']!r}` makes PEFT hand arguments on that an LLM-to-SLM model does not take. Leave "
-            "it out: PEFT then hands on what it is given."
+            f"`task_type={kwargs['task_type']!r}` makes an adapter that PEFT can't load with its base model, which is one for "
+            '`AutoModelForSeq2SeqLM`, whatever its SLM. Leave it out, or take "SEQ_2_SEQ_LM".'
         )
     if not model.name_or_path:
         logger.warning(

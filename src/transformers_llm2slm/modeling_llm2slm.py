@@ -31,7 +31,7 @@ from .llm_states import read_llm_states
 from .loading import HUB_ARGUMENTS, build_slm, freeze, take_prefixed
 from .outputs import LLM2SLMModelOutput, LLM2SLMOutput, cache_of
 from .projector import LLM2SLMProjector
-from .prompt import LLM2SLMPrompt, check_labels, check_response_length, fuse, prompt_mask, slm_view
+from .prompt import LLM2SLMPrompt, check_labels, check_response_length, fuse, prompt_mask, slm_arguments, slm_view
 from .push import PushMixin
 from .remote_code import IncludesCode
 from .structure import (
@@ -274,6 +274,7 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
         **kwargs: Any,
     ) -> LLM2SLMModelOutput:
         """The SLM's states at the response's positions. Arguments as for [`LLM2SLMForConditionalGeneration`]."""
+        kwargs = slm_arguments(kwargs)
         if prompt is None:
             prompt = self.encode_prompt(
                 input_ids, attention_mask, slm_input_ids, slm_attention_mask, alignment, llm_hidden_states
@@ -548,6 +549,7 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMGenerationMixin, LLM2SLM
             ValueError: for labels that are not tokens of the SLM, an empty prompt or batch, or one that lacks what the fusion
                 needs; for a prompt or response that is longer than LLM or SLM take.
         """
+        kwargs = slm_arguments(kwargs)
         # Not in the signature, since `Trainer` waits for every argument with "label" in its name.
         shift_labels = kwargs.pop("shift_labels", None)
         labels = shift_labels if labels is None else labels

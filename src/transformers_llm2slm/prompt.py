@@ -168,6 +168,23 @@ def fuse(
     return LLM2SLMPrompt(prompt_states=projected, attention_mask=mask.to(device), last_token_ids=last)
 
 
+def slm_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Arguments of a forward pass that go on to the SLM: those that are set, as PEFT names others and leaves them `None`.
+
+    Raises:
+        ValueError: for embeddings, in whose place there are a prompt and a response of this model's own.
+    """
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    for name in ("inputs_embeds", "decoder_inputs_embeds"):
+        if name in given:
+            raise ValueError(
+                f"An LLM-to-SLM model takes no `{name}`: pass the prompt as `input_ids`, `llm_hidden_states` or `prompt`, and the "
+                "response as `decoder_input_ids`. Of PEFT's methods, those that put virtual tokens before a prompt can't be used."
+            )
+    return given
+
+
 # The response ------------------------------------------------------------------------------------------------------------
 def check_labels(labels: torch.Tensor, vocab_size: int) -> None:
     """Raise a `ValueError` if `labels` are not tokens of a vocabulary of this size, padded with -100."""
