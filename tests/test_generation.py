@@ -406,6 +406,21 @@ def test_unknown_arguments_are_refused(both):
 
 
 @torch.no_grad()
+def test_ways_of_writing_that_need_the_prompts_tokens(both):
+    """Each is refused by name, before anything is written; prompt lookup drafts from the response, and changes nothing."""
+    model, processor = both
+    batch = processor(PROMPTS[0], return_tensors="pt")
+    for options in ({"assistant_model": model.slm}, {"assistant_early_exit": 1}, {"guidance_scale": 1.5}):
+        (name,) = options
+        with pytest.raises(ValueError, match=f"`{name}` needs the prompt as tokens, but what the SLM gets are states"):
+            model.generate(**batch, **options)
+    with pytest.raises(ValueError, match="`guidance_scale` needs the prompt as tokens"):
+        model.generate(**batch, generation_config=GenerationConfig(guidance_scale=1.5))
+    expected = model.generate(**batch, max_new_tokens=8, guidance_scale=1.0).tolist()
+    assert model.generate(**batch, max_new_tokens=8, prompt_lookup_num_tokens=3).tolist() == expected
+
+
+@torch.no_grad()
 def test_seq2seq_trainer_may_hand_over_the_whole_batch(both):
     """With `labels`, what else belongs to training is left out; a forced beginning for an encoder-decoder is not."""
     model, processor = both

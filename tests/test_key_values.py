@@ -161,6 +161,36 @@ def test_prompt_is_used_again(zoo):
     assert all(torch.equal(prompt[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("place", ["argument", "config", "own"])
+@torch.no_grad()
+def test_a_cache_that_holds_the_prompt_is_dynamic(zoo, place):
+    """The SLM's generation config, often copied from the LLM, may name another cache; asked for, it is an error."""
+    model, processor = zoo.compose(UNCUT)
+    batch = batch_of(processor)
+    expected = model.generate(**batch, **GREEDY)
+
+    def generate(**options):
+        if place == "argument":
+            return model.generate(**batch, **GREEDY | options)
+        config = copy.deepcopy(model.generation_config)
+        config.update(**GREEDY | options)
+        if place == "config":
+            return model.generate(**batch, generation_config=config)
+        model.generation_config = config
+        return model.generate(**batch)
+
+    assert torch.equal(generate(cache_implementation="dynamic"), expected)
+    if place == "own":
+        assert torch.equal(generate(cache_implementation="static"), expected)
+    else:
+        with pytest.raises(ValueError, match=r"goes on from a dynamic cache.*got `cache_implementation='static'`"):
+            generate(cache_implementation="static")
+    with pytest.raises(
+        ValueError, match='`prompt_lookup_num_tokens` does not go with `fusion="kv"`.*`mode="lossless"`'
+    ):
+        generate(prompt_lookup_num_tokens=3)
+
+
 def test_embeddings_of_a_cut_are_fitted_to_where_it_was_cut(zoo):
     """A token that the SLM writes enters where the LLM's lower layers would have brought it."""
     by_kv, processor = cut(zoo, "llama", 2)

@@ -20,6 +20,51 @@ if TYPE_CHECKING:
 
 Mode = Literal["hybrid", "lossless"]
 
+# Ways of transformers to write that give the prompt's tokens to a model. What each is called, and what can be had here.
+_NEED_TOKENS = {
+    "assistant_model": 'Let the SLM itself be the draft, `mode="lossless"`, or draft by `prompt_lookup_num_tokens`.',
+    "assistant_early_exit": "Draft by `prompt_lookup_num_tokens`.",
+    "use_mtp": "Draft by `prompt_lookup_num_tokens`.",
+    "guidance_scale": "Leave it out.",
+}
+
+
+def option(name: str, *sources: Any) -> Any:
+    """What `name` comes to in arguments and generation configs, the first of which that sets it counts."""
+    for source in sources:
+        values = source if isinstance(source, dict) else {} if source is None else vars(source)
+        if (value := values.get(name)) is not None:
+            return value
+    return None
+
+
+def check_options(fusion: str, kwargs: dict[str, Any], *configs: GenerationConfig | None) -> None:
+    """
+    Raise a `ValueError` for what `generate` can't do behind a prompt that is no tokens, or for `fusion="kv"` keys and values.
+
+    Args:
+        fusion: The model's.
+        kwargs, configs: The arguments of `generate`, its generation config and the model's own.
+    """
+    for name, instead in _NEED_TOKENS.items():
+        if option(name, kwargs, *configs) not in (None, False, 1 if name == "guidance_scale" else None):
+            raise ValueError(
+                f"`{name}` needs the prompt as tokens, but what the SLM gets are states that the LLM made of it. {instead}"
+            )
+    if fusion != "kv":
+        return
+    if option("prompt_lookup_num_tokens", kwargs, *configs) is not None:
+        raise ValueError(
+            '`prompt_lookup_num_tokens` does not go with `fusion="kv"`: transformers\' assisted generation takes no cache that '
+            'begins with a prompt. Leave it out, or write with `mode="lossless"`.'
+        )
+    implementation = option("cache_implementation", kwargs, configs[0])
+    if implementation not in (None, "dynamic"):
+        raise ValueError(
+            f'With `fusion="kv"` the SLM goes on from a dynamic cache, which holds the prompt; got `cache_implementation='
+            f"{implementation!r}`. Leave it out."
+        )
+
 
 class LLM2SLMGenerationMixin(GenerationMixin):
     """What [`LLM2SLMForConditionalGeneration`] has of `GenerationMixin`, by way of its parts."""
@@ -77,7 +122,9 @@ class LLM2SLMGenerationMixin(GenerationMixin):
             What the SLM's `generate` returns; the sequences hold the response only. In lossless mode, what the LLM's returns.
 
         Raises:
-            ValueError: for a mode that does not exist, or lossless mode where it can't be had.
+            ValueError: for a mode that does not exist, lossless mode where it can't be had, or what needs the prompt's tokens:
+                `assistant_model`, `assistant_early_exit`, `guidance_scale`; with `fusion="kv"` also for
+                `prompt_lookup_num_tokens` and other caches than dynamic ones.
         """
         check_choice("mode", mode, get_args(Mode))
         fields = inspect.signature(self.model.encode_prompt).parameters
@@ -97,7 +144,12 @@ class LLM2SLMGenerationMixin(GenerationMixin):
                 return self._generate_lossless(prompt, prompt_kwargs, generation_config, *args, **kwargs)
             if prompt is None:
                 prompt = self.encode_prompt(**prompt_kwargs)
+            check_options(self.config.fusion, kwargs, generation_config, self.generation_config)
             kwargs |= self.model.slm_prompt(prompt)
+            if self.config.fusion == "kv" and option(
+                "cache_implementation", kwargs, generation_config, self.generation_config
+            ):
+                kwargs["cache_implementation"] = None  # the SLM's config may name another than the prompt's
             if not self.slm.config.is_encoder_decoder:
                 generation_config, kwargs = without_prompt_length(generation_config, kwargs, self.generation_config)
             return self.slm.generate(None, generation_config, *args, **kwargs)
