@@ -239,3 +239,24 @@ def test_slm_cut_from_a_quantised_llm(llms, tmp_path):
         ValueError, match="can't be cut from a quantised LlamaForCausalLM: .*`llm_quantization_config="
     ):
         compose(whole, slm_layers=1)
+
+
+@pytest.mark.parametrize("fusion", ["add", "kv"])
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_quantised_slm_has_its_projector_in_floating_point(llms, tmp_path, precision, fusion):
+    """`quantization_config` without a prefix is the SLM's. Its projector was trained in floating point, and is small."""
+    model = compose(llms["llama"], llms["llama"], fusion=fusion)
+    model.save_pretrained(tmp_path)
+    batch = LLM2SLMProcessor.from_llm_slm_pretrained(llms["llama"], fusion=fusion)(
+        PROMPTS, text_target=RESPONSES, padding=True, return_tensors="pt"
+    )
+    quantization = arguments(precision)["llm_quantization_config"]
+    quantised = AutoModel.from_pretrained(tmp_path, quantization_config=quantization)
+    layer = quantised.slm.model.layers[0].mlp.up_proj
+    assert type(layer).__name__ == {"int8": "Linear8bitLt", "nf4": "Linear4bit"}[precision]
+    assert {type(module) for module in quantised.projector.layers} == {nn.Linear}
+    for name, parameter in quantised.projector.named_parameters():
+        torch.testing.assert_close(parameter.float(), model.projector.get_parameter(name), rtol=1e-2, atol=1e-2)
+    logits, expected = (m(**batch).logits.float() for m in (quantised, model))
+    assert torch.cosine_similarity(logits, expected, dim=-1).mean() > 0.9
+    assert quantised.generate(batch["input_ids"][:1], max_new_tokens=4).shape[0] == 1

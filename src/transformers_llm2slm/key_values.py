@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .configuration_llm2slm import LLM2SLMConfig
 from .outputs import cache_of
-from .structure import cache_argument
+from .structure import cache_argument, floating_dtype
 
 
 class KeyValueProjector(nn.Module):
@@ -47,7 +47,7 @@ class KeyValueProjector(nn.Module):
             init.zeros_(layer.bias)
 
     def forward(self, llm_states: torch.Tensor) -> torch.Tensor:
-        states = llm_states.to(next(self.layers[0].parameters()).dtype)
+        states = llm_states.to(floating_dtype(self.layers[0]))
         mapped = torch.stack([layer(states[:, :, index]) for index, layer in enumerate(self.layers)], dim=2)
         return mapped + states if self.residual else mapped
 

@@ -119,6 +119,10 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
             drop_module(self.slm, self.slm.get_encoder(), "The SLM's encoder")
         join_tied_embeddings(self.slm)
         config.slm_config = self.slm.config
+        if (
+            getattr(config, "quantization_config", None) is not None
+        ):  # of the SLM; this is how transformers keeps parts out
+            self._keep_in_fp32_modules = {"projector", "model.projector"}
         self.llm: PreTrainedModel | None = None
         self.whole_llm: PreTrainedModel | None = None
         self.register_state_dict_post_hook(keep_first_names)
@@ -395,7 +399,7 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMGenerationMixin, LLM2SLM
             llm_check_fingerprint (`bool`, defaults to `True`): `False` accepts an LLM with other weights than those that
                 the model was trained with.
             llm_* (*optional*): `llm_dtype`, `llm_device_map`, `llm_quantization_config`, `llm_token` ... for the LLM.
-            kwargs (*optional*): As for any `from_pretrained`. `revision` is the checkpoint's; `token`, `cache_dir`,
+            kwargs (*optional*): As for any `from_pretrained`. `quantization_config` is the SLM's, `revision` is the checkpoint's; `token`, `cache_dir`,
                 `local_files_only` and `force_download` reach the LLM's loader too.
 
         Raises:

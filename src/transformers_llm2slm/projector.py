@@ -10,6 +10,7 @@ from torch.nn import init
 from transformers.activations import ACT2FN
 
 from .configuration_llm2slm import LLM2SLMConfig
+from .structure import floating_dtype
 
 
 class LLM2SLMProjector(nn.Module):
@@ -38,7 +39,7 @@ class LLM2SLMProjector(nn.Module):
 
     def mix(self, llm_states: torch.Tensor) -> torch.Tensor:
         """The (weighted) state of each token, `(batch_size, prompt_length, llm_hidden_size)`."""
-        states = llm_states[:, :, : self.num_layers_mixed].to(next(self.layers[0].parameters()).dtype)
+        states = llm_states[:, :, : self.num_layers_mixed].to(floating_dtype(self.layers[0]))
         if self.layer_weights is None:
             return states[:, :, 0]
         return torch.einsum("bpsd,s->bpd", states, self.layer_weights.softmax(dim=0))

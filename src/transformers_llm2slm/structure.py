@@ -142,6 +142,11 @@ def position_limit(config: PreTrainedConfig, model: nn.Module | None = None) -> 
     return limit
 
 
+def floating_dtype(module: nn.Module) -> torch.dtype:
+    """dtype that a layer computes in: of its first parameter that is not quantised."""
+    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+
+
 def mask_positions(mask: torch.Tensor) -> torch.Tensor:
     """Position ids, of the shape `(batch_size, sequence_length)` of a mask, that count real tokens only."""
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
