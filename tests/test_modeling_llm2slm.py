@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel
 
-from transformers_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor
+from transformers_llm2slm import LLM2SLMForConditionalGeneration, LLM2SLMProcessor, cache_llm_states
 
 KINDS = ["small", "small_causal"]
 FUSED = [  # each fusion with both kinds of SLM
@@ -481,6 +482,31 @@ def test_resize_token_embeddings(request, kind, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(**batch).loss, loss, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("resized", [True, False])
+@pytest.mark.parametrize(
+    "pair", [Pair("t5", "t5", "add"), Pair("llama", "qwen3", "kv"), Pair("mpnet", "gpt2", "add")], ids=str
+)
+def test_padding_token_that_was_added_to_the_tokenizer(zoo, tmp_path, pair, resized):
+    """It stands where nothing is read. As a real token it is refused, since the frozen LLM can't learn it."""
+    model, processor = zoo.compose(pair)
+    processor = copy.deepcopy(processor)
+    options = {"padding": True, "return_tensors": "pt"}
+    expected = model(**processor(PROMPTS, text_target=RESPONSES, **options)).logits
+    for tokenizer in {id(part): part for part in (processor.tokenizer, processor.llm_tokenizer)}.values():
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    if resized:
+        model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    batch = processor(PROMPTS, text_target=RESPONSES, **options)
+    assert int(batch["input_ids"].max()) == 320
+    torch.testing.assert_close(model(**batch).logits[..., :320], expected, rtol=0, atol=1e-5)
+    rows = [{"prompt": prompt, "completion": response} for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+    assert len(cache_llm_states(rows, model, processor, tmp_path)) == 3
+    with pytest.raises(
+        ValueError, match="holds token 320, but the LLM's vocabulary has 320 tokens.* is frozen and can't"
+    ):
+        model(**processor([f"{prompt}<|pad|>" for prompt in PROMPTS], **options))
 
 
 @pytest.mark.parametrize(("slm", "what"), [("bart", "response is 129"), ("llama", r"prompt \(\d+\) and the response")])

@@ -18,7 +18,7 @@ from .export_graphs import cache_tensors, filled_cache
 from .generation import LLM2SLMGenerationMixin
 from .key_values import continued_prompt, last_tokens
 from .modeling_llm2slm import LLM2SLMPreTrainedModel
-from .prompt import LLM2SLMPrompt, prompt_mask, slm_view
+from .prompt import LLM2SLMPrompt, padded_right, prompt_mask, slm_view
 from .structure import mask_positions, move_padding
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ class ExportedParts(nn.Module):
         """
         mask = prompt_mask(self.config, None, input_ids, attention_mask, None).long()  # it may be boolean
         reads = {
-            "input_ids": move_padding(input_ids, mask, "right"),  # type: ignore[arg-type]  # or prompt_mask raised
+            "input_ids": padded_right(input_ids, mask),  # type: ignore[arg-type]  # or prompt_mask raised
             "attention_mask": move_padding(mask, mask, "right"),
         }
         mask = reads["attention_mask"]

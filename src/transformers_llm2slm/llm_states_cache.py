@@ -230,11 +230,10 @@ class PromptReader:
             batch = order[start : start + self.batch_size]
             rows = [torch.tensor(token_ids[index]) for index in batch]
             mask = [torch.ones_like(row) for row in rows]
-            pad = self.processor.llm_tokenizer.pad_token_id or 0
             read = read_llm_states(
                 self.llm,
                 self.config,
-                pad_sequence(rows, batch_first=True, padding_value=pad),
+                pad_sequence(rows, batch_first=True),
                 pad_sequence(mask, batch_first=True),
             ).cpu()
             states |= {index: read[place, : len(rows[place])] for place, index in enumerate(batch)}

@@ -25,13 +25,23 @@ from .checkpoint import (
 )
 from .composition import compose
 from .configuration_llm2slm import LLM2SLMConfig, check_choice
+from .export_mixin import ExportMixin
 from .generation import LLM2SLMGenerationMixin
 from .key_values import KeyValueProjector, cached_length, continued_prompt
 from .llm_states import read_llm_states
 from .loading import HUB_ARGUMENTS, build_slm, freeze, take_prefixed
 from .outputs import LLM2SLMModelOutput, LLM2SLMOutput, cache_of
 from .projector import LLM2SLMProjector
-from .prompt import LLM2SLMPrompt, check_labels, check_response_length, fuse, prompt_mask, slm_arguments, slm_view
+from .prompt import (
+    LLM2SLMPrompt,
+    check_labels,
+    check_response_length,
+    fuse,
+    padded_right,
+    prompt_mask,
+    slm_arguments,
+    slm_view,
+)
 from .push import PushMixin
 from .remote_code import IncludesCode
 from .structure import (
@@ -194,7 +204,7 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
         """
         attention_mask = prompt_mask(self.config, self.llm, input_ids, attention_mask, llm_hidden_states)
         if input_ids is not None:
-            input_ids = move_padding(input_ids.to(attention_mask.device), attention_mask, "right")
+            input_ids = padded_right(input_ids, attention_mask)
         mask = move_padding(attention_mask, attention_mask, "right")
         align = self.config.fusion == "align"
         view = slm_view(slm_input_ids, slm_attention_mask, alignment) if align else {}
@@ -301,7 +311,7 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
         return LLM2SLMModelOutput(last_hidden_state=head_inputs[0], cache=cache_of(outputs))
 
 
-class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMGenerationMixin, LLM2SLMPreTrainedModel):
+class LLM2SLMForConditionalGeneration(PushMixin, ExportMixin, LLM2SLMGenerationMixin, LLM2SLMPreTrainedModel):
     """
     LLM-to-SLM: text in, text out. Compose it with [`~LLM2SLMForConditionalGeneration.from_llm_slm_pretrained`], train it
     with the standard `Trainer`, load it with `AutoModel.from_pretrained`.
@@ -465,31 +475,6 @@ class LLM2SLMForConditionalGeneration(PushMixin, LLM2SLMGenerationMixin, LLM2SLM
             kwargs["state_dict"] = checkpoint_state_dict(self, state_dict)
         with replacing_weights(save_directory, is_main_process):
             super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-
-    def export(self, folder: str | os.PathLike, format: str = "onnx", int8: bool = False) -> Any:
-        """
-        Export the model as graphs for a runtime on CPUs.
-
-        Args:
-            folder (`str` or `os.PathLike`): Where to.
-            format (`str`, defaults to `"onnx"`): `"onnx"` for ONNX Runtime or `"openvino"` for OpenVINO.
-            int8 (`bool`, defaults to `False`): Keep matrices in int8, a quarter of the bytes that a step reads. Results
-                change by rounding: of the matrices, and in ONNX Runtime of what they are multiplied with.
-
-        Returns:
-            [`LLM2SLMExportedModel`], which generates as this model does. `LLM2SLMExportedModel.from_pretrained(folder)` loads
-            it again. The folder holds the whole model, LLM included, as far as it is run.
-
-        Raises:
-            ImportError: without the extra of that name, or with a transformers that can't export so.
-            ValueError: for a model without its LLM, or with a quantised one.
-            RuntimeError: if it can't be exported, or if the export computes something else.
-        """
-        try:  # a checkpoint's copy of the code can't
-            from transformers_llm2slm.export import export_model
-        except ImportError as error:
-            raise ImportError("Exporting needs the package transformers-llm2slm.") from error
-        return export_model(self, folder, format, int8)
 
     # Reading and writing ---------------------------------------------------------------------------------------------
     def encode_prompt(self, *args: Any, **kwargs: Any) -> LLM2SLMPrompt:

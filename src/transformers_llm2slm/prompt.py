@@ -95,13 +95,23 @@ def prompt_mask(
         raise ValueError(f"{which} empty: the LLM needs at least one token to read. Leave empty prompts out.")
     if input_ids is not None and llm is not None:
         size = llm.get_input_embeddings().weight.shape[0]
-        low, high = (int(bound) for bound in input_ids.aminmax())
+        low, high = (int(bound) for bound in input_ids[attention_mask.to(input_ids.device) != 0].aminmax())
         if low < 0 or high >= size:
             raise ValueError(
                 f"`input_ids` holds token {low if low < 0 else high}, but the LLM's vocabulary has {size} tokens. `input_ids` are the LLM's "
-                "tokens: make them with `LLM2SLMProcessor` or the LLM's tokenizer."
+                "tokens: make them with `LLM2SLMProcessor` or the LLM's tokenizer. A token that was added to a tokenizer can pad prompts "
+                "and stand in responses, but not in prompts, as the LLM is frozen and can't learn it."
             )
     return attention_mask
+
+
+def padded_right(input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    Tokens of shape `(batch_size, prompt_length)` with all padding on the right, and of token 0: another may have been added to
+    the tokenizer, and lie beyond the embeddings.
+    """
+    moved = [move_padding(tensor.to(mask.device), mask, "right") for tensor in (input_ids, mask)]
+    return moved[0].masked_fill(moved[1] == 0, 0)
 
 
 def slm_view(
@@ -122,8 +132,9 @@ def slm_view(
             "`LLM2SLMProcessor.from_llm_slm_pretrained` of the same two models."
         )
     mask = torch.ones_like(slm_input_ids) if slm_attention_mask is None else slm_attention_mask
-    given = {"slm_input_ids": slm_input_ids, "slm_attention_mask": mask, "alignment": alignment}
-    return {name: move_padding(view, mask.to(view.device), "right") for name, view in given.items()}
+    given = {"slm_attention_mask": mask, "alignment": alignment}
+    moved = {name: move_padding(view, mask.to(view.device), "right") for name, view in given.items()}
+    return {"slm_input_ids": padded_right(slm_input_ids, mask.to(slm_input_ids.device)), **moved}
 
 
 def fuse(
