@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from transformers import AutoModel, AutoProcessor, LogitsProcessorList, pipeline
 
 from transformers_llm2slm import LLM2SLMExportedModel, LLM2SLMForConditionalGeneration
 from transformers_llm2slm.cli import main
+from transformers_llm2slm.export import processor_of
 from transformers_llm2slm.export_graphs import ATTENTION, export_attention, export_mask, exporting, graphs_of
 from transformers_llm2slm.exported import ONE_THREAD, check_export
 
@@ -122,6 +124,27 @@ def test_auto_classes_and_pipeline_load_an_export(folder, small):
     writer = pipeline("text2text-generation", model=str(folder))
     texts = [answer["generated_text"] for answer in writer(PROMPTS, **GREEDY)]
     assert texts == processor.batch_decode(tokens, skip_special_tokens=True)
+
+
+def test_processor_is_exported_too(folder, small, tmp_path, caplog, monkeypatch):
+    """The one that lies beside the checkpoint, or the one that is given; and it is found beside a loaded export."""
+    monkeypatch.setattr(logging.getLogger("transformers_llm2slm"), "propagate", True)
+    model, processor = small
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    assert (
+        processor_of(AutoModel.from_pretrained(tmp_path / "model")).tokenizer.get_vocab()
+        == processor.tokenizer.get_vocab()
+    )
+    assert not caplog.records
+    assert processor_of(model) is None
+    assert "The export will have no processor" in caplog.text and "was composed in memory" in caplog.text
+    model.export(tmp_path / "graphs", processor=processor)
+    for place in (tmp_path / "graphs", folder):
+        loaded = AutoModel.from_pretrained(place)
+        (answer,) = pipeline("text2text-generation", model=loaded)(PROMPTS[0], **GREEDY)
+        tokens = loaded.generate(**processor(PROMPTS[0], return_tensors="pt"), **GREEDY)
+        assert answer["generated_text"] == processor.decode(tokens[0], skip_special_tokens=True)
 
 
 def test_export_is_saved_again(folder, tmp_path, small):

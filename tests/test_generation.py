@@ -444,3 +444,32 @@ def test_encoder_runs_once_per_prompt(zoo, slm):
     model.slm.get_encoder().register_forward_hook(lambda *_: calls.append(1))
     model.generate(**make_batch(processor), num_beams=3, max_new_tokens=4)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("slm", ["gpt2", "opt", "gpt-neo"])
+@torch.no_grad()
+def test_no_room_for_an_answer(zoo, slm):
+    """A table of 128 positions holds prompt and answer; what is too much is said before anything is written."""
+    model, processor = zoo.compose(Pair("t5", slm, "replace"))
+    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=PAD)
+    ids = torch.full((1, 120), 5)
+    assert model.generate(ids, max_new_tokens=9).shape == (1, 9)
+    text = r"The prompt \(120\) and the response \(9\) together are 129 .*takes at most 128.*`max_new_tokens` of `generate`"
+    for options in (
+        {"max_new_tokens": 10},
+        {"max_length": 10},
+        {"generation_config": GenerationConfig(max_new_tokens=10)},
+    ):
+        with pytest.raises(ValueError, match=text):
+            model.generate(ids, **options)
+    with pytest.raises(ValueError, match=r"The prompt \(120\) and the response \(19\) together are 139"):
+        model.generate(ids)
+    assert model.generate(torch.full((1, 128), 5), max_new_tokens=1).shape == (1, 1)
+
+
+@torch.no_grad()
+def test_rotated_positions_go_on(zoo):
+    """An SLM without a table of positions writes beyond those that it was trained on, as it does by itself."""
+    model, _ = zoo.compose(Pair("t5", "llama", "replace"))
+    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=PAD)
+    assert model.generate(torch.full((1, 120), 5), max_new_tokens=12).shape == (1, 12)

@@ -167,7 +167,7 @@ def check_loaded(name_or_path: Any, info: Mapping[str, Any]) -> None:
 
 
 def checkpoint_location(
-    model: LLM2SLMForConditionalGeneration, checkpoint: str | os.PathLike, hub: Mapping[str, Any]
+    model: PreTrainedModel, checkpoint: str | os.PathLike, hub: Mapping[str, Any]
 ) -> dict[str, Any]:
     """
     The arguments by which a processor is found beside a model that was loaded with the arguments `hub`: at the same commit.

@@ -24,6 +24,7 @@ from .evaluation import require_extra
 from .export_graphs import ATTENTION, exporting, graphs_of
 from .exported import LLM2SLMExportedModel, check_export
 from .loading import quantization_of
+from .pipeline_text2text import processor_beside
 from .probes import eval_mode
 from .shortlist import shortlisted
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from transformers.exporters import ExportedModel
 
     from .modeling_llm2slm import LLM2SLMForConditionalGeneration
+    from .processing_llm2slm import LLM2SLMProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,11 @@ LIMITS = {"float32": 1e-3, "int8": 0.2}
 
 
 def export_model(
-    model: LLM2SLMForConditionalGeneration, folder: str | os.PathLike, format: str = "onnx", int8: bool = False
+    model: LLM2SLMForConditionalGeneration,
+    folder: str | os.PathLike,
+    format: str = "onnx",
+    int8: bool = False,
+    processor: LLM2SLMProcessor | None = None,
 ) -> LLM2SLMExportedModel:
     """See [`~LLM2SLMForConditionalGeneration.export`]."""
     check_choice("format", format, get_args(Format))
@@ -59,8 +65,12 @@ def export_model(
     folder = Path(folder)
     if any(folder.glob("*.safetensors")):
         raise ValueError(f"{str(folder)!r} holds a checkpoint. Export to another folder, or to a subfolder of it.")
+    processor = processor or processor_of(model)
     with eval_mode(model):
-        return _exported(in_float32(model), folder, format, int8)
+        exported = _exported(in_float32(model), folder, format, int8)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    return exported
 
 
 def _exported(model: LLM2SLMForConditionalGeneration, folder: Path, format: str, int8: bool) -> LLM2SLMExportedModel:
@@ -84,6 +94,19 @@ def _exported(model: LLM2SLMForConditionalGeneration, folder: Path, format: str,
         f"{type(failures[0]).__name__}: {reason:.300} The model itself runs as before. Try the other format, or newer "
         "releases of transformers and the runtime."
     ) from failures[0]
+
+
+def processor_of(model: LLM2SLMForConditionalGeneration) -> LLM2SLMProcessor | None:
+    """The processor that lies where a model was loaded from; `None`, and a warning, where there is none."""
+    try:
+        return processor_beside(model, local_files_only=False)
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "The export will have no processor, which `pipeline` needs: pass it, `model.export(folder, processor=processor)`, or "
+            "save it there, `processor.save_pretrained(folder)`. None was found: %s",
+            str(error).splitlines()[0],
+        )
+        return None
 
 
 def in_float32(model: LLM2SLMForConditionalGeneration) -> LLM2SLMForConditionalGeneration:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
+from .checkpoint import checkpoint_location
 from .configuration_llm2slm import LLM2SLMConfig
 from .evaluation import require_extra
 from .export_graphs import cache_tensors, filled_cache
@@ -303,6 +304,8 @@ class LLM2SLMExportedModel(LLM2SLMGenerationMixin, LLM2SLMPreTrainedModel):
     def __init__(self, exported: ExportedModel):
         super().__init__(exported.config)
         self.exported = exported
+        # The arguments by which a processor is found beside the graphs; see `from_pretrained`.
+        self.checkpoint_location: dict[str, Any] = {}
         sessions = {name: Session(runner) for name, runner in exported.runners.items()}
         slm_class = ExportedSeq2SeqSLM if exported.config.slm_config.is_encoder_decoder else ExportedCausalSLM
         slm = slm_class(exported.config.slm_config, sessions, exported.config.export["cache_shapes"])
@@ -360,7 +363,11 @@ class LLM2SLMExportedModel(LLM2SLMGenerationMixin, LLM2SLMPreTrainedModel):
         require_extra(config.export["format"], RUNTIMES[config.export["format"]])
         threads = torch.get_num_threads() if num_threads is None else num_threads
         options = thread_options(config.export["format"], threads)
-        return cls(ExportedModel.from_pretrained(pretrained_model_name_or_path, device="cpu", **options, **kwargs))
+        exported = ExportedModel.from_pretrained(pretrained_model_name_or_path, device="cpu", **options, **kwargs)
+        exported.config.name_or_path = str(pretrained_model_name_or_path)
+        model = cls(exported)
+        model.checkpoint_location = checkpoint_location(model, pretrained_model_name_or_path, kwargs)
+        return model
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save the graphs and their configuration; `push_to_hub` and its arguments as for any `save_pretrained`."""

@@ -12,8 +12,9 @@ from transformers import GenerationConfig, GenerationMixin
 from .configuration_llm2slm import check_choice
 from .few_rows import few_row_linears
 from .lossless import generate_lossless
-from .prompt import LLM2SLMPrompt, without_prompt_length
+from .prompt import LLM2SLMPrompt, check_response_length, without_prompt_length
 from .shortlist import shortlisted
+from .structure import learns_positions
 
 if TYPE_CHECKING:
     from .modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -152,6 +153,11 @@ class LLM2SLMGenerationMixin(GenerationMixin):
                 kwargs["cache_implementation"] = None  # the SLM's config may name another than the prompt's
             if not self.slm.config.is_encoder_decoder:
                 generation_config, kwargs = without_prompt_length(generation_config, kwargs, self.generation_config)
+                if learns_positions(self.slm):
+                    new_tokens = option("max_new_tokens", kwargs, generation_config, self.generation_config)
+                    # The last token is not read. transformers writes 20 where nothing else is said.
+                    read = (20 if new_tokens is None else new_tokens) - 1
+                    check_response_length(read, prompt.attention_mask.shape[1], self.slm, "SLM")
             return self.slm.generate(None, generation_config, *args, **kwargs)
 
     def _generate_lossless(

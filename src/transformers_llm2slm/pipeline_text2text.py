@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.pipelines.base import GenericTensor, Pipeline
 
-from .modeling_llm2slm import LLM2SLMForConditionalGeneration
+from .modeling_llm2slm import LLM2SLMPreTrainedModel
 from .processing_llm2slm import LLM2SLMProcessor
 
 
@@ -46,7 +46,7 @@ class Text2TextGenerationPipeline(Pipeline):
         local_files_only: bool = False,
         **kwargs: Any,
     ):
-        ours = isinstance(model, LLM2SLMForConditionalGeneration)
+        ours = isinstance(model, LLM2SLMPreTrainedModel)
         # One tokenizer will do where the configuration says that LLM and SLM share it.
         shared = ours and (model.config.fusion == "add" or model.config.slm_layers is not None)
         if ours and processor is None and not (shared and tokenizer is not None):
@@ -141,7 +141,7 @@ class Text2TextGenerationPipeline(Pipeline):
         return [{"generated_text": text} for text in texts]
 
 
-def processor_beside(model: LLM2SLMForConditionalGeneration, local_files_only: bool) -> LLM2SLMProcessor:
+def processor_beside(model: Any, local_files_only: bool) -> LLM2SLMProcessor:
     """The processor that lies beside the checkpoint of a model: at its commit, in its subfolder, from the same cache."""
     pass_it = 'Pass it: `pipeline("text2text-generation", model=model, processor=processor)`.'
     if not model.name_or_path:

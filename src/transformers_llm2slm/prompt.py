@@ -218,7 +218,8 @@ def check_response_length(response_length: int, prompt_length: int, model: PreTr
         raise ValueError(
             f"The {what} {'together are' if prompt_length else 'is'} {prompt_length + response_length} tokens long (with "
             f"padding), but the {part} ({type(model).__name__}) takes at most {limit}. Cut them: `max_prompt_length` and "
-            "`max_response_length` of the collator, `max_length` and `max_target_length` of the processor."
+            "`max_response_length` of the collator, `max_length` and `max_target_length` of the processor, `max_new_tokens` of "
+            "`generate`."
         )
 
 

@@ -142,6 +142,18 @@ def position_limit(config: PreTrainedConfig, model: nn.Module | None = None) -> 
     return limit
 
 
+def learns_positions(model: PreTrainedModel) -> bool:
+    """Whether a decoder has a table of positions, beyond which it can't go; one that rotates states only gets worse there."""
+    decoder: Any = model.get_decoder()
+    limit = position_limit(decoder.config)
+    return limit is not None and any(
+        isinstance(module, nn.Embedding)
+        and module is not decoder.get_input_embeddings()
+        and limit <= module.num_embeddings <= limit + 2  # OPT and BART keep two rows more
+        for module in decoder.modules()
+    )
+
+
 def floating_dtype(module: nn.Module) -> torch.dtype:
     """dtype that a layer computes in: of its first parameter that is not quantised."""
     return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())

@@ -42,8 +42,7 @@ def export(
     hub = hub_arguments(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     loaded, processor = load(model, llm_name_or_path, "float32", "float32", "cpu", hub)
     began = time.perf_counter()
-    loaded.export(out, format=format, int8=int8)
-    processor.save_pretrained(out)
+    loaded.export(out, format=format, int8=int8, processor=processor)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     show_numbers(
         f"{out}: {format}{', int8' if int8 else ''}", {"MB": size / 1e6, "seconds": time.perf_counter() - began}
