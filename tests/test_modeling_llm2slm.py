@@ -220,6 +220,25 @@ def test_wrong_cached_states_are_errors(zoo):
         model(**batch, llm_hidden_states=torch.zeros(*size, 2, 48))
 
 
+@pytest.mark.parametrize("pair", [*FUSED, Pair("gpt2", "gemma3", "kv"), Pair("roberta", "mistral", "align")], ids=str)
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@torch.no_grad()
+def test_decoding_by_hand(zoo, pair, name):
+    """With the cache of an earlier pass, only the tokens behind it are passed; padded prompts are attended to as before."""
+    model, processor = zoo.compose(pair)
+    prompt = model.encode_prompt(**processor(PROMPTS, padding=True, return_tensors="pt"))
+    causal = not model.slm.config.is_encoder_decoder
+    tokens = torch.tensor([[5, 6, 7, 8]] * 3)
+    whole = model(prompt=prompt, decoder_input_ids=tokens).logits
+    first = model(prompt=prompt, use_cache=True, **{} if causal else {"decoder_input_ids": tokens[:, :1]})
+    steps, cache = [first.logits], first.cache
+    for step in (tokens[:, :2], tokens[:, 2:]) if causal else (tokens[:, 1:2], tokens[:, 2:]):
+        outputs = model(prompt=prompt, decoder_input_ids=step, use_cache=True, **{name: cache})
+        assert outputs.logits.shape[1] == step.shape[1]
+        steps, cache = [*steps, outputs.logits], outputs.cache
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-4)
+
+
 # What is refused ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("call", ["forward", "generate", "encode_prompt"])
 def test_prompts_that_are_refused(small, call):

@@ -139,6 +139,12 @@ def last_tokens(input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return input_ids.gather(1, mask.sum(dim=1, keepdim=True).to(input_ids.device) - 1)
 
 
+def take_cache(kwargs: dict[str, Any]) -> Cache | None:
+    """The cache in the arguments of a forward pass, by either of its names; it is taken out of them."""
+    found = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
+    return found[0] if found[0] is not None else found[1]
+
+
 def cached_length(slm: Any, inputs: dict[str, Any]) -> int:
     """
     How many tokens the cache in the arguments of an SLM's forward pass holds.

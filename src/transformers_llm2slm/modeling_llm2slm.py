@@ -27,7 +27,7 @@ from .composition import compose
 from .configuration_llm2slm import LLM2SLMConfig, check_choice
 from .export_mixin import ExportMixin
 from .generation import LLM2SLMGenerationMixin
-from .key_values import KeyValueProjector, cached_length, continued_prompt
+from .key_values import KeyValueProjector, cached_length, continued_prompt, take_cache
 from .llm_states import read_llm_states
 from .loading import HUB_ARGUMENTS, build_slm, freeze, take_prefixed
 from .outputs import LLM2SLMModelOutput, LLM2SLMOutput, cache_of
@@ -46,6 +46,7 @@ from .push import PushMixin
 from .remote_code import IncludesCode
 from .structure import (
     accepts,
+    cache_argument,
     drop_module,
     embed_tokens,
     join_tied_embeddings,
@@ -237,9 +238,13 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
             return continued_prompt(self.slm, self.config, states, mask, last)
         return {"inputs_embeds": states, "attention_mask": mask}
 
-    def slm_inputs(self, prompt: LLM2SLMPrompt, decoder_input_ids: torch.Tensor | None) -> dict[str, Any]:
-        """The arguments of one forward pass of the SLM over prompt and (shifted) response."""
+    def slm_inputs(
+        self, prompt: LLM2SLMPrompt, decoder_input_ids: torch.Tensor | None, cache: Any = None
+    ) -> dict[str, Any]:
+        """The arguments of one forward pass of the SLM over prompt and (shifted) response, or what of them `cache` lacks."""
         kwargs = self.slm_prompt(prompt)
+        if cache is not None:
+            kwargs[cache_argument(self.slm.forward)] = cache
         if self.slm.config.is_encoder_decoder:
             if decoder_input_ids is None:
                 start = torch.full((len(prompt.attention_mask), 1), self.decoder_start_token_id())
@@ -247,12 +252,13 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
             check_response_length(decoder_input_ids.shape[1], 0, self.slm, "SLM")
             return kwargs | {"decoder_input_ids": decoder_input_ids}
         embeds, mask, read = kwargs.pop("inputs_embeds"), kwargs.pop("attention_mask"), cached_length(self.slm, kwargs)
+        written = max(read - embeds.shape[1], 0)  # of the response, by the cache
         if decoder_input_ids is not None and decoder_input_ids.shape[1] > 0:
             response = embed_tokens(self.slm, decoder_input_ids).to(embeds.dtype)
-            check_response_length(response.shape[1], embeds.shape[1], self.slm, "SLM")
+            check_response_length(written + response.shape[1], embeds.shape[1], self.slm, "SLM")
             embeds = torch.cat([embeds, response], dim=1)
-            mask = torch.cat([mask, torch.ones_like(decoder_input_ids, dtype=mask.dtype)], dim=1)
-        kwargs |= {"inputs_embeds": embeds[:, read:], "attention_mask": mask}
+            mask = torch.cat([mask, mask.new_ones(len(mask), written + response.shape[1])], dim=1)
+        kwargs |= {"inputs_embeds": embeds[:, read - written :], "attention_mask": mask}
         if accepts(self.slm.forward, "position_ids"):
             kwargs["position_ids"] = mask_positions(mask)[:, read:]
         return kwargs
@@ -293,7 +299,7 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
             prompt = self.encode_prompt(
                 input_ids, attention_mask, slm_input_ids, slm_attention_mask, alignment, llm_hidden_states
             )
-        inputs = self.slm_inputs(prompt, decoder_input_ids)
+        inputs = self.slm_inputs(prompt, decoder_input_ids, take_cache(kwargs))
         length = self.num_scored(decoder_input_ids)
         head_inputs: list[torch.Tensor] = []
 
@@ -526,6 +532,7 @@ class LLM2SLMForConditionalGeneration(PushMixin, ExportMixin, LLM2SLMGenerationM
             prompt ([`LLM2SLMPrompt`], *optional*): The prompt, already encoded; the LLM is not run.
             decoder_input_ids (`torch.LongTensor` of shape `(batch_size, response_length)`, *optional*): The response in
                 SLM tokens, shifted as [`~LLM2SLMForConditionalGeneration.prepare_decoder_input_ids_from_labels`] does.
+            cache (`Cache`, *optional*): From an earlier pass with `use_cache=True`; `decoder_input_ids` then go on behind it.
             labels (`torch.LongTensor` of shape `(batch_size, response_length)`, *optional*): The response in SLM tokens,
                 -100 where not scored. `shift_labels` is another name for them: they stand where they are scored.
             num_items_in_batch (`int`, *optional*): Number of tokens that the loss is averaged over (gradient
@@ -550,7 +557,7 @@ class LLM2SLMForConditionalGeneration(PushMixin, ExportMixin, LLM2SLMGenerationM
             prompt = self.encode_prompt(
                 input_ids, attention_mask, slm_input_ids, slm_attention_mask, alignment, llm_hidden_states
             )
-        inputs = self.model.slm_inputs(prompt, decoder_input_ids)
+        inputs = self.model.slm_inputs(prompt, decoder_input_ids, take_cache(kwargs))
         length = self.model.num_scored(decoder_input_ids)
         if not self.slm.config.is_encoder_decoder and accepts(self.slm.forward, "logits_to_keep"):
             inputs["logits_to_keep"] = length
