@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datasets
 import pytest
 import torch
 from conftest import PROMPTS, Pair
@@ -69,6 +70,31 @@ def test_inputs(loaded, batch_size):
     assert pipe(PROMPTS, **arguments) == expected
     for stream in ((text for text in PROMPTS), Texts(), KeyDataset([{"text": text} for text in PROMPTS], "text")):
         assert list(pipe(stream, **arguments)) == [[row] for row in expected]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_columns_and_conversations(loaded, batch_size):
+    """A column of a data set is a list of prompts; a conversation is one prompt, by the chat template."""
+    pipe, *parts = loaded
+    arguments = NEW_TOKENS | {"batch_size": batch_size}
+    column = datasets.Dataset.from_dict({"prompt": PROMPTS})["prompt"]
+    assert pipe(column, **arguments) == pipe(tuple(PROMPTS), **arguments) == in_dicts(generate(*parts))
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    template, pipe.processor.chat_template = (
+        pipe.processor.chat_template,
+        "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}",
+    )
+    try:
+        model, expected = pipe.model, []
+        for chat in chats:
+            batch = pipe.processor(chat, return_tensors="pt")
+            expected += in_dicts(
+                pipe.processor.batch_decode(model.generate(**batch, **NEW_TOKENS), skip_special_tokens=True)
+            )
+        assert pipe(chats[0], **arguments) == expected[:1]
+        assert pipe(chats, **arguments) == expected
+    finally:
+        pipe.processor.chat_template = template
 
 
 def test_several_sequences(loaded):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from transformers.pipelines.base import GenericTensor, Pipeline
 
 from .modeling_llm2slm import LLM2SLMPreTrainedModel
-from .processing_llm2slm import LLM2SLMProcessor
+from .processing_llm2slm import LLM2SLMProcessor, is_conversation
 
 
 class Text2TextGenerationPipeline(Pipeline):
@@ -91,7 +91,8 @@ class Text2TextGenerationPipeline(Pipeline):
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """
         Args:
-            inputs (`str`, `list[str]`, generator or dataset of `str`): The prompts.
+            inputs (`str`, `list[str]`, column, generator or dataset of `str`): The prompts. For LLM-to-SLM models a conversation,
+                a list of messages with `"role"` and `"content"`, is a prompt too.
             return_tensors (`bool`, defaults to `False`): Give `generated_token_ids` in place of `generated_text`.
             clean_up_tokenization_spaces (`bool`, *optional*), truncation (`bool`, defaults to `False`), batch_size
                 (`int`, defaults to 1), and whatever `generate` takes.
@@ -100,20 +101,27 @@ class Text2TextGenerationPipeline(Pipeline):
             `list[dict]`: for one string, a dict for each returned sequence; for a list of strings, a dict for each, or a
             list of dicts with `num_return_sequences` above 1.
         """
+        if isinstance(inputs, Sequence) and not isinstance(
+            inputs, (str, list)
+        ):  # a column of a data set, for instance
+            inputs = list(inputs)
         result = super().__call__(inputs, *args, **kwargs)
-        if isinstance(inputs, list) and all(isinstance(text, str) for text in inputs):
+        if isinstance(inputs, list) and all(isinstance(text, str) or is_conversation(text) for text in inputs):
             if all(len(sequences) == 1 for sequences in result):
                 return [sequences[0] for sequences in result]
         return result
 
     def preprocess(self, inputs: Any, **preprocess_params: Any) -> dict[str, GenericTensor]:
+        if isinstance(messages := getattr(inputs, "messages", inputs), list) and is_conversation(messages):
+            if isinstance(self.processor, LLM2SLMProcessor):
+                return {"text": messages}
         if not isinstance(inputs, str):
             raise ValueError(f"The task takes strings, got {type(inputs).__name__}: {inputs!r:.80}.")
         return {"text": (self.prefix or "") + inputs}
 
     def _forward(self, input_tensors: Mapping[str, Any], truncation: bool = False, **kwargs: Any) -> dict[str, Any]:
         text = input_tensors["text"]
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) or is_conversation(text) else list(text)
         if isinstance(self.processor, LLM2SLMProcessor):
             inputs = self.processor(text=texts, padding=True, truncation=truncation, return_tensors="pt")
         else:
