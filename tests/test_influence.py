@@ -49,6 +49,21 @@ def test_a_layer_that_does_nothing_has_none_and_is_not_chosen(zoo):
     assert model.config.slm_layers == model.config.llm_layer == chosen
 
 
+def test_rows_may_be_conversations(zoo):
+    """By the tokenizer's chat template, whose special tokens are not added again."""
+    llm, tokenizer = loaded(zoo, "llama")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}</s>"
+    chats = [
+        {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+        for row in ROWS
+    ]
+    assert block_influence(llm, tokenizer, chats) == pytest.approx(block_influence(llm, tokenizer, ROWS))
+    with pytest.raises(
+        ValueError, match=r"Row 0 \(the first is 0\) has no text in column 'prompt'; its columns are \['text'\]"
+    ):
+        block_influence(llm, tokenizer, [{"text": "Hello"}])
+
+
 def test_what_it_can_not_measure_is_refused(zoo):
     llm, tokenizer = loaded(zoo, "llama")
     with pytest.raises(ValueError, match="no tokens to measure on: got 1 rows"):

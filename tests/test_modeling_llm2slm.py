@@ -276,6 +276,25 @@ def test_prompts_that_are_refused(small, call):
         read(input_ids=ids[0])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_tensor_is_refused(request, kind):
+    model, processor = request.getfixturevalue(kind)
+    batch, lists = make_batch(processor), processor(text=PROMPTS, text_target=RESPONSES)
+    text = r"must be a tensor, got {}\. Text becomes tensors by .*return_tensors=\"pt\".*`model.generate\(\*\*batch\)`"
+    for read, wrong, kind in (
+        (model.generate, batch, "BatchEncoding"),
+        (model, "Hello", "str"),
+        (model.generate, ["a"], "list"),
+    ):
+        with pytest.raises(ValueError, match="`input_ids` " + text.format(kind)):
+            read(wrong)
+    with pytest.raises(ValueError, match="`labels` " + text.format("list")):
+        model(**lists)
+    lists.pop("labels")
+    with pytest.raises(ValueError, match="`input_ids` " + text.format("list")):
+        model.generate(**lists)
+
+
 def test_align_needs_both_views(small_causal):
     model, processor = small_causal
     batch = make_batch(processor)

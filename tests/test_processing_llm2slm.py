@@ -307,6 +307,10 @@ def test_tokenizers_without_special_tokens(zoo, make):
         ({"text": ["Hello", None]}, r"Prompt 1 is no text but NoneType; pass strings"),
         ({"text": [["Hello"]]}, r"Prompt 0 is no text but list"),
         ({"text": ["a", "b"], "text_target": "c"}, r"Each prompt needs one response, got 2 and 1"),
+        (
+            {"text": {"text": ["a"], "label": [1]}},
+            r"`text` must be text or a list of texts, got dict with the keys text, label",
+        ),
         ({"text": "Hello", "padding": "shortest"}, r"`padding` must be True, False, \"longest\" or \"max_length\""),
         ({"text": "Hello", "truncation": "do_not_truncate"}, r"`truncation` must be True or False, got 'do_not_tr"),
         ({"text": "Hello", "return_tensors": "np"}, r"`return_tensors` must be None or \"pt\", got 'np'"),

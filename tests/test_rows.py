@@ -53,6 +53,7 @@ def test_rows_of_a_data_set(tmp_path):
         ("rows.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "c"}', "Row 1 .*no completion"),
         ("rows.jsonl", '{"prompt": "a"', "can't be read as json: "),
         ("rows.csv", "prompt,completion\n", "can't be read as csv: .*no data"),
+        ("rows.jsonl", "", r"rows\.jsonl' is empty"),
         ("rows.json", "[]", "can't be read as json|holds no rows"),
         ("rows.xlsx", "PK", "its name must end in one of .jsonl, .json,"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy
 import pytest
 import torch
 from conftest import PROMPTS, RESPONSES, Pair
@@ -155,6 +156,18 @@ def test_end_tokens_of_a_call_are_listed_too(zoo):
         return_dict_in_generate=True,
     ).logits[0]
     assert logits[:, unlisted].isfinite().all()
+
+
+@pytest.mark.parametrize("make", [torch.tensor, numpy.array, tuple])
+def test_it_may_be_a_tensor_or_an_array(zoo, tmp_path, make):
+    model, processor, _ = composed(zoo, "llama")
+    batch, listed = batch_of(processor), [3, 5, 8, 13]
+    expected = model.generate(**batch, shortlist=listed, max_new_tokens=4)
+    assert torch.equal(model.generate(**batch, shortlist=make(listed), max_new_tokens=4), expected)
+    model.shortlist = make(listed)
+    assert model.shortlist == listed and {type(token) for token in model.shortlist} == {int}
+    model.save_pretrained(tmp_path)
+    assert model.from_pretrained(tmp_path).shortlist == listed
 
 
 @pytest.mark.parametrize("wrong", [[3, 100_000], [-1], [3, "a"]])

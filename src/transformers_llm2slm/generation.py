@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -28,6 +29,11 @@ _NEED_TOKENS = {
     "use_mtp": "Draft by `prompt_lookup_num_tokens`.",
     "guidance_scale": "Leave it out.",
 }
+
+
+def as_token_ids(values: Any) -> list[int]:
+    """A list of integers, which a config can hold, of a sequence, tensor or array of them; what is none stays as it is."""
+    return [index(value) if hasattr(value, "__index__") else value for value in values]
 
 
 def option(name: str, *sources: Any) -> Any:
@@ -87,7 +93,7 @@ class LLM2SLMGenerationMixin(GenerationMixin):
 
     @shortlist.setter
     def shortlist(self, value: Sequence[int] | None) -> None:
-        self.generation_config.shortlist = None if value is None else list(value)
+        self.generation_config.shortlist = None if value is None else as_token_ids(value)
         # A config that was derived from a model's is read back without what it was given since.
         self.generation_config._from_model_config = False
 
@@ -135,7 +141,9 @@ class LLM2SLMGenerationMixin(GenerationMixin):
                 kwargs.pop(name, None)
         if inputs is not None:
             prompt_kwargs["input_ids"] = inputs
-        if shortlist is None:
+        if shortlist is not None:
+            shortlist = as_token_ids(shortlist)
+        else:
             shortlist = getattr(generation_config, "shortlist", self.shortlist)
         with (
             shortlisted(self.slm, shortlist, self.generation_config, generation_config, kwargs),

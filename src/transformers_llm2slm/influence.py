@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from .loading import decoder_layers
 from .probes import eval_mode
+from .rows import prompt_and_completion
 
 
 @torch.no_grad()
-def block_influence(llm: PreTrainedModel, tokenizer: Any, rows: Sequence[Mapping[str, str]]) -> list[float]:
+def block_influence(llm: PreTrainedModel, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[float]:
     """
     How much each layer of a decoder-only LLM changes what passes through it: 1 - the cosine of a token's state before the layer
     and behind it, the mean over the tokens of the completions (Men et al., 2024, [arXiv
@@ -24,14 +25,15 @@ def block_influence(llm: PreTrainedModel, tokenizer: Any, rows: Sequence[Mapping
     Args:
         llm ([`~transformers.PreTrainedModel`]): The LLM.
         tokenizer: Its tokenizer.
-        rows: Some dozens of rows of the task, each with a `"prompt"` and a `"completion"`.
+        rows: Some dozens of rows of the task, each with a `"prompt"` and a `"completion"`, or with `"messages"`, for a tokenizer with a
+            chat template.
 
     Returns:
         `list[float]`: For each layer, the first one first. The layers for `slm_layers=` are the largest of these; with
         `fusion="kv"` they need not be neighbours.
 
     Raises:
-        ValueError: if there are no tokens to measure on, or if the LLM has an encoder.
+        ValueError: for a row that lacks something, if there are no tokens to measure on, or if the LLM has an encoder.
     """
     if llm.config.is_encoder_decoder:
         raise ValueError(f"`block_influence` is for decoder-only LLMs; a {type(llm).__name__} has an encoder.")
@@ -51,11 +53,13 @@ def block_influence(llm: PreTrainedModel, tokenizer: Any, rows: Sequence[Mapping
     hooks = [layer.register_forward_hook(hook(index), with_kwargs=True) for index, layer in enumerate(layers)]
     try:
         with eval_mode(llm):
-            for row in rows:
-                prompt, completion = (
-                    tokenizer(row[part], add_special_tokens=part == "prompt", truncation=True)["input_ids"]
-                    for part in ("prompt", "completion")
-                )
+            for number, row in enumerate(rows):
+                prompt, completion = prompt_and_completion(row, f"Row {number} (the first is 0)")
+                if chat := not isinstance(prompt, str):
+                    prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+                    completion = completion[-1]["content"]
+                prompt = tokenizer(prompt, add_special_tokens=not chat, truncation=True)["input_ids"]
+                completion = tokenizer(completion, add_special_tokens=False, truncation=True)["input_ids"]
                 if completion:
                     llm(input_ids=torch.tensor([prompt + completion], device=llm.device), use_cache=False)
                     for index, change in changes.items():
@@ -70,7 +74,7 @@ def block_influence(llm: PreTrainedModel, tokenizer: Any, rows: Sequence[Mapping
 
 
 def influential_layers(
-    llm: PreTrainedModel, tokenizer: Any, rows: Sequence[Mapping[str, str]], count: int
+    llm: PreTrainedModel, tokenizer: Any, rows: Sequence[Mapping[str, Any]], count: int
 ) -> list[int]:
     """
     The layers to cut an SLM from, for `slm_layers=`: those with the largest [`block_influence`], in the LLM's order.

@@ -275,6 +275,12 @@ class LLM2SLMProcessor(IncludesCode, ProcessorMixin):
         """
         if text is None and text_target is None:
             raise ValueError("Give the processor prompts as `text`, responses as `text_target`, or both.")
+        for name, value in (("text", text), ("text_target", text_target)):
+            if isinstance(value, Mapping):
+                raise ValueError(
+                    f"`{name}` must be text or a list of texts, got {type(value).__name__} with the keys {', '.join(map(str, value))}. "
+                    f'Pass its column: `processor({name}=rows["..."])`.'
+                )
         if padding not in (True, False, "longest", "max_length"):
             raise ValueError(f'`padding` must be True, False, "longest" or "max_length", got {padding!r}.')
         if not isinstance(truncation, bool):

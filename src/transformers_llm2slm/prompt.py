@@ -45,6 +45,15 @@ def check_prompt_length(tokens: torch.Tensor, model: PreTrainedModel, part: str)
         )
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """Raise a `ValueError` for an argument of a model that is no tensor."""
+    if value is not None and not isinstance(value, torch.Tensor):
+        raise ValueError(
+            f"`{name}` must be a tensor, got {type(value).__name__}. Text becomes tensors by `batch = processor(text, padding=True, "
+            'return_tensors="pt")`, and what that returns is handed on by its names: `model.generate(**batch)`.'
+        )
+
+
 def prompt_mask(
     config: LLM2SLMConfig,
     llm: PreTrainedModel | None,
@@ -59,13 +68,15 @@ def prompt_mask(
         ValueError: if there is no prompt, the batch is empty, its parts are not of one shape, a row has no token, padding is not marked, or
             tokens are not the LLM's.
     """
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "llm_hidden_states": llm_hidden_states}
+    for name, value in given.items():
+        check_tensor(name, value)
     tokens = input_ids if input_ids is not None else llm_hidden_states
     if tokens is None:
         raise ValueError(
             "There is no prompt: pass `input_ids` (and `attention_mask`), `llm_hidden_states` or `prompt`, for instance "
             "what `LLM2SLMProcessor` returns."
         )
-    given = {"input_ids": input_ids, "attention_mask": attention_mask, "llm_hidden_states": llm_hidden_states}
     shapes = {name: tuple(tensor.shape) for name, tensor in given.items() if tensor is not None}
     for name, shape in shapes.items():
         states = name == "llm_hidden_states"
@@ -199,6 +210,7 @@ def slm_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 # The response ------------------------------------------------------------------------------------------------------------
 def check_labels(labels: torch.Tensor, vocab_size: int) -> None:
     """Raise a `ValueError` if `labels` are not tokens of a vocabulary of this size, padded with -100."""
+    check_tensor("labels", labels)
     if torch.compiler.is_compiling():
         return
     foreign = (labels >= vocab_size) | ((labels < 0) & (labels != -100))

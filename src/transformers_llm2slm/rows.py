@@ -145,6 +145,8 @@ def _read_file(file: Path) -> Dataset:
     kind = next((kind for ending, kind in FORMATS.items() if file.name.lower().endswith(ending)), None)
     if kind is None:
         raise ValueError(f"Can't tell what {str(file)!r} is: its name must end in one of {', '.join(FORMATS)}.")
+    if file.stat().st_size == 0:
+        raise ValueError(f"{str(file)!r} is empty.")
     # "NA" and "None" are words like any other.
     options = {"keep_default_na": False} if kind == "csv" else {}
     try:
