@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .configuration_llm2slm import (
@@ -32,6 +31,7 @@ from .loading import (
 )
 from .probes import check_can_read, check_can_write, check_keeps_key_values, keeps_key_values
 from .reference import pin_revision, reference_to
+from .structure import named_dtype
 
 if TYPE_CHECKING:
     from .modeling_llm2slm import LLM2SLMForConditionalGeneration
@@ -176,9 +176,9 @@ def _load_parts(
                 f"An SLM cut from the LLM is not loaded, so `slm_{unknown[0]}` says nothing; leave it out."
             )
         slm_model, layers = cut_slm(whole, slm_layers)
-        if (dtype := _named_dtype(slm_kwargs)) is not None:
+        if (dtype := named_dtype(slm_kwargs.get("dtype"))) is not None:
             slm_model = slm_model.to(dtype)
-        alike = as_stored | {"dtype": whole.dtype} == llm_kwargs | {"dtype": _named_dtype(llm_kwargs)}
+        alike = as_stored | {"dtype": whole.dtype} == llm_kwargs | {"dtype": named_dtype(llm_kwargs.get("dtype"))}
         if not in_memory and as_stored != llm_kwargs and not alike:
             whole = load_llm(llm_source, whole=keep_whole, **llm_kwargs)
         elif not in_memory and not keep_whole:
@@ -190,14 +190,6 @@ def _load_parts(
         slm_model = copy.deepcopy(slm_model)
     slm_auto_class(slm_model.config)
     return llm_model, slm_model
-
-
-def _named_dtype(kwargs: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype that the arguments of a `from_pretrained` ask for, `None` if it is that of the checkpoint."""
-    dtype = kwargs.get("dtype")
-    if dtype in (None, "auto"):
-        return None
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def _source(model: str | os.PathLike | PreTrainedModel | None) -> Any:

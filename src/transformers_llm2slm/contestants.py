@@ -12,6 +12,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from .few_rows import few_row_linears
 from .lossless import drafting_by, num_equal, slm_inputs
+from .prompt import one_to_one_view
 from .speed import Decoding, spread, step_bytes, times_in_rounds
 
 if TYPE_CHECKING:
@@ -82,8 +83,7 @@ def random_prompts(
 
     inputs = {"input_ids": tokens(model.llm), "attention_mask": torch.ones(shape, dtype=torch.long)}
     if model.config.fusion == "align":
-        inputs |= {"slm_input_ids": tokens(model.slm), "slm_attention_mask": inputs["attention_mask"]}
-        inputs["alignment"] = torch.arange(shape[1]).expand(shape)
+        inputs |= one_to_one_view(tokens(model.slm), inputs["attention_mask"])
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 

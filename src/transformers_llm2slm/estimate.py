@@ -24,10 +24,10 @@ from .key_values import KeyValueProjector
 from .loading import cut_config, llm_position_limit, llm_skeleton
 from .modeling_llm2slm import LLM2SLMForConditionalGeneration
 from .projector import LLM2SLMProjector
-from .prompt import fuse
+from .prompt import fuse, one_to_one_view
 from .speed import seconds_of
 from .stand_in import Workload, Writer, skeleton, stand_in, take_times
-from .structure import position_limit
+from .structure import named_dtype, position_limit
 
 THE_LLM, THE_SLM = "the LLM that is compared with", "the SLM"
 
@@ -246,9 +246,8 @@ def check_lengths(config: LLM2SLMConfig, workload: Workload) -> None:
 
 def dtype_of(config: PreTrainedConfig, dtype: str | torch.dtype | None) -> torch.dtype:
     """The precision that a model is loaded in: what is asked for, else what its configuration says."""
-    if dtype is None or dtype == "auto":
-        dtype = config.dtype or decoder_text_config(config).dtype or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    asked = (dtype, config.dtype, decoder_text_config(config).dtype)
+    return next((found for value in asked if (found := named_dtype(value)) is not None), torch.float32)
 
 
 # What is measured ----------------------------------------------------------------------------------------------------
@@ -327,10 +326,7 @@ def projecting_seconds(config: LLM2SLMConfig, slm: Writer, llm_dtype: torch.dtyp
     projector = LLM2SLMProjector(config).to(slm_dtype)
     input_ids = slm.tokens(*shape)
     mask = torch.ones_like(input_ids)
-    view = {}
-    if config.fusion == "align":  # as many tokens for the SLM as for the LLM
-        ranks = torch.arange(shape[1]).expand(shape)
-        view = {"slm_input_ids": input_ids, "slm_attention_mask": mask, "alignment": ranks}
+    view = one_to_one_view(input_ids, mask) if config.fusion == "align" else {}
     return seconds_of(lambda: fuse(config.fusion, slm.model, projector(states), mask, input_ids, **view), repeats=3)
 
 

@@ -24,7 +24,6 @@ class ExportMixin:
             format (`str`, defaults to `"onnx"`): `"onnx"` for ONNX Runtime or `"openvino"` for OpenVINO.
             int8 (`bool`, defaults to `False`): Keep matrices in int8, a quarter of the bytes that a step reads. Results
                 change by rounding: of the matrices, and in ONNX Runtime of what they are multiplied with.
-
             processor ([`LLM2SLMProcessor`], *optional*): The processor, to be saved beside the graphs, where `pipeline` and
                 `AutoProcessor` find it. By default the one that lies where the model was loaded from, if there is one.
 

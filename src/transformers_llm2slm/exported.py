@@ -19,7 +19,7 @@ from .export_graphs import cache_tensors, filled_cache
 from .generation import LLM2SLMGenerationMixin
 from .key_values import continued_prompt, last_tokens
 from .modeling_llm2slm import LLM2SLMPreTrainedModel
-from .prompt import LLM2SLMPrompt, padded_right, prompt_mask, slm_view
+from .prompt import LLM2SLMPrompt, one_to_one_view, padded_right, prompt_mask, slm_view
 from .structure import mask_positions, move_padding
 
 if TYPE_CHECKING:
@@ -389,7 +389,7 @@ def check_export(model: Any, exported: LLM2SLMExportedModel) -> float:
     mask[0, 8:] = 0
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if model.config.fusion == "align":
-        inputs |= {"slm_input_ids": ids, "slm_attention_mask": mask, "alignment": torch.arange(12).expand(2, -1)}
+        inputs |= one_to_one_view(ids, mask)
     options: dict[str, Any] = {
         "max_new_tokens": 6,
         "min_new_tokens": 6,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from operator import index
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -13,8 +12,8 @@ from transformers import GenerationConfig, GenerationMixin
 from .configuration_llm2slm import check_choice
 from .few_rows import few_row_linears
 from .lossless import generate_lossless
-from .prompt import LLM2SLMPrompt, check_response_length, without_prompt_length
-from .shortlist import shortlisted
+from .prompt import LLM2SLMPrompt, check_response_length, option, without_prompt_length
+from .shortlist import as_token_ids, shortlisted
 from .structure import learns_positions
 
 if TYPE_CHECKING:
@@ -29,20 +28,6 @@ _NEED_TOKENS = {
     "use_mtp": "Draft by `prompt_lookup_num_tokens`.",
     "guidance_scale": "Leave it out.",
 }
-
-
-def as_token_ids(values: Any) -> list[int]:
-    """A list of integers, which a config can hold, of a sequence, tensor or array of them; what is none stays as it is."""
-    return [index(value) if hasattr(value, "__index__") else value for value in values]
-
-
-def option(name: str, *sources: Any) -> Any:
-    """What `name` comes to in arguments and generation configs, the first of which that sets it counts."""
-    for source in sources:
-        values = source if isinstance(source, dict) else {} if source is None else vars(source)
-        if (value := values.get(name)) is not None:
-            return value
-    return None
 
 
 def check_options(fusion: str, kwargs: dict[str, Any], *configs: GenerationConfig | None) -> None:
@@ -151,13 +136,11 @@ class LLM2SLMGenerationMixin(GenerationMixin):
         ):
             if mode == "lossless":
                 return self._generate_lossless(prompt, prompt_kwargs, generation_config, *args, **kwargs)
+            check_options(self.config.fusion, kwargs, generation_config, self.generation_config)
             if prompt is None:
                 prompt = self.encode_prompt(**prompt_kwargs)
-            check_options(self.config.fusion, kwargs, generation_config, self.generation_config)
             kwargs |= self.model.slm_prompt(prompt)
-            if self.config.fusion == "kv" and option(
-                "cache_implementation", kwargs, generation_config, self.generation_config
-            ):
+            if self.config.fusion == "kv":
                 kwargs["cache_implementation"] = None  # the SLM's config may name another than the prompt's
             if not self.slm.config.is_encoder_decoder:
                 generation_config, kwargs = without_prompt_length(generation_config, kwargs, self.generation_config)

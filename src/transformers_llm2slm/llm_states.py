@@ -116,7 +116,12 @@ def _hooks(
     body: nn.Module, layers: Sequence[int], num_layers: int | None, take: Callable[[int, torch.Tensor], None]
 ) -> Iterator[None]:
     """Hand the states at `layers` (-1 or `num_layers` for the last) to `take`, in every pass that this thread makes in the block."""
-    thread = threading.get_ident()  # others may be reading with the same model
+    thread = threading.get_ident()
+
+    def take_own(layer: int, state: torch.Tensor) -> None:
+        if threading.get_ident() == thread:  # others may be reading with the same model
+            take(layer, state)
+
     last = set(layers) & {-1, num_layers}
     hooks = []
     try:
@@ -128,14 +133,13 @@ def _hooks(
         for layer in others:
 
             def give_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
-                if threading.get_ident() == thread:
-                    take(layer, args[0] if args else kwargs["hidden_states"])
+                take_own(layer, args[0] if args else kwargs["hidden_states"])
 
             hooks.append(blocks[layer].register_forward_pre_hook(give_input, with_kwargs=True))
 
         def give_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            for layer in last if threading.get_ident() == thread else ():
-                take(layer, output.last_hidden_state)
+            for layer in last:
+                take_own(layer, output.last_hidden_state)
 
         hooks.append(body.register_forward_hook(give_output))
         yield

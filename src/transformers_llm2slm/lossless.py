@@ -29,7 +29,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from .configuration_llm2slm import decoder_text_config
 from .key_values import recorded_key_values
 from .llm_states import recorded_states
-from .prompt import LLM2SLMPrompt, check_prompt_length, without_prompt_length
+from .prompt import LLM2SLMPrompt, check_prompt_length, option, without_prompt_length
 from .structure import accepts, cache_argument, embed_tokens, position_limit
 
 if TYPE_CHECKING:
@@ -341,16 +341,7 @@ def generate_lossless(
     check_prompt_length(ids, llm, "LLM")
     if len(ids) != 1:
         raise ValueError(f"Lossless generation takes one prompt at a time, got {len(ids)}. Loop over them.")
-    beams = next(
-        value
-        for value in (
-            kwargs.get("num_beams"),
-            getattr(generation_config, "num_beams", None),
-            llm.generation_config.num_beams,
-            1,
-        )
-        if value is not None
-    )
+    beams = option("num_beams", kwargs, generation_config, llm.generation_config) or 1
     if beams > 1:
         raise ValueError(
             f"Lossless generation is greedy or sampled, without beams, got `num_beams={beams}`. Set it to 1."

@@ -130,9 +130,8 @@ class LLM2SLMModel(LLM2SLMPreTrainedModel):
             drop_module(self.slm, self.slm.get_encoder(), "The SLM's encoder")
         join_tied_embeddings(self.slm)
         config.slm_config = self.slm.config
-        if (
-            getattr(config, "quantization_config", None) is not None
-        ):  # of the SLM; this is how transformers keeps parts out
+        # That is of the SLM; and this is how transformers keeps parts out of it.
+        if getattr(config, "quantization_config", None) is not None:
             self._keep_in_fp32_modules = {"projector", "model.projector"}
         self.llm: PreTrainedModel | None = None
         self.whole_llm: PreTrainedModel | None = None

@@ -101,9 +101,8 @@ class Text2TextGenerationPipeline(Pipeline):
             `list[dict]`: for one string, a dict for each returned sequence; for a list of strings, a dict for each, or a
             list of dicts with `num_return_sequences` above 1.
         """
-        if isinstance(inputs, Sequence) and not isinstance(
-            inputs, (str, list)
-        ):  # a column of a data set, for instance
+        # A column of a data set, for instance.
+        if isinstance(inputs, Sequence) and not isinstance(inputs, (str, list)):
             inputs = list(inputs)
         result = super().__call__(inputs, *args, **kwargs)
         if isinstance(inputs, list) and all(isinstance(text, str) or is_conversation(text) for text in inputs):

@@ -121,8 +121,7 @@ def padded_right(input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     Tokens of shape `(batch_size, prompt_length)` with all padding on the right, and of token 0: another may have been added to
     the tokenizer, and lie beyond the embeddings.
     """
-    moved = [move_padding(tensor.to(mask.device), mask, "right") for tensor in (input_ids, mask)]
-    return moved[0].masked_fill(moved[1] == 0, 0)
+    return move_padding(input_ids.to(mask.device).masked_fill(mask == 0, 0), mask, "right")
 
 
 def slm_view(
@@ -145,7 +144,13 @@ def slm_view(
     mask = torch.ones_like(slm_input_ids) if slm_attention_mask is None else slm_attention_mask
     given = {"slm_attention_mask": mask, "alignment": alignment}
     moved = {name: move_padding(view, mask.to(view.device), "right") for name, view in given.items()}
-    return {"slm_input_ids": padded_right(slm_input_ids, mask.to(slm_input_ids.device)), **moved}
+    return {"slm_input_ids": padded_right(slm_input_ids, mask.to(slm_input_ids.device))} | moved
+
+
+def one_to_one_view(slm_input_ids: torch.Tensor, slm_attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What [`slm_view`] takes, of an SLM with as many tokens as the LLM: each, counted by its place, covers the LLM's own."""
+    ranks = torch.arange(slm_input_ids.shape[1], device=slm_input_ids.device).expand(slm_input_ids.shape)
+    return {"slm_input_ids": slm_input_ids, "slm_attention_mask": slm_attention_mask, "alignment": ranks}
 
 
 def fuse(
@@ -233,6 +238,15 @@ def check_response_length(response_length: int, prompt_length: int, model: PreTr
             "`max_response_length` of the collator, `max_length` and `max_target_length` of the processor, `max_new_tokens` of "
             "`generate`."
         )
+
+
+def option(name: str, *sources: Any) -> Any:
+    """What `name` comes to in arguments of `generate` and generation configs: the first that sets it counts, `None` if none does."""
+    for source in sources:
+        values = source if isinstance(source, dict) else {} if source is None else vars(source)
+        if (value := values.get(name)) is not None:
+            return value
+    return None
 
 
 def without_prompt_length(

@@ -10,7 +10,9 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from operator import index
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -59,6 +61,11 @@ def make_shortlist(processor: LLM2SLMProcessor, texts: Sequence[str], size: int 
         if text.lstrip("\u2581") in characters or _BYTE.fullmatch(text)
     }
     return sorted((frequent | spelling | set(tokenizer.all_special_ids)) - {-100})
+
+
+def as_token_ids(values: Any) -> list[int]:
+    """A list of integers, which a config can hold, of a sequence, tensor or array of them; what is none stays as it is."""
+    return [index(value) if hasattr(value, "__index__") else value for value in values]
 
 
 class ShortlistHead(nn.Linear):
@@ -158,16 +165,14 @@ def shortlisted(slm: PreTrainedModel, token_ids: Sequence[int] | None, *sources:
         yield
         return
     required = _required(sources) if listed else set()
-    with _TURNS.setdefault(slm, _Turns()).take((listed, required), lambda: _narrowed(slm, listed, required)):
+    change = partial(_narrowed, slm, listed, required) if listed else nullcontext
+    with _TURNS.setdefault(slm, _Turns()).take((listed, required), change):
         yield
 
 
 @contextmanager
 def _narrowed(slm: PreTrainedModel, token_ids: list[int], required: set[int]) -> Iterator[None]:
-    """The SLM with a head for these tokens, or as it is if there are none."""
-    if not token_ids:
-        yield
-        return
+    """The SLM with a head for these tokens."""
     head: Any = slm.get_output_embeddings()
     # Kept beside the model's modules, not among them: it is no part of its weights.
     narrow = vars(slm).get("_shortlist_head")

@@ -154,6 +154,13 @@ def learns_positions(model: PreTrainedModel) -> bool:
     )
 
 
+def named_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype that an argument of `from_pretrained` or a configuration asks for; `None` where it leaves that open."""
+    if dtype is None or dtype == "auto":
+        return None
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
 def floating_dtype(module: nn.Module) -> torch.dtype:
     """dtype that a layer computes in: of its first parameter that is not quantised."""
     return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
