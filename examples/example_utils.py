@@ -298,8 +298,10 @@ def load_processor(args: ModelArguments) -> LLM2SLMProcessor:
         return LLM2SLMProcessor.from_pretrained(args.model_name_or_path)
     if args.llm_name_or_path is None:
         raise ValueError("There is no LLM: give `--llm_name_or_path`.")
-    fusion = args.fusion or ("replace" if args.slm_encoder == "skip" else None)
-    return LLM2SLMProcessor.from_llm_slm_pretrained(args.llm_name_or_path, args.slm_name_or_path, fusion=fusion)
+    models = args.llm_name_or_path, args.slm_name_or_path
+    return LLM2SLMProcessor.from_llm_slm_pretrained(
+        *models, fusion=args.fusion, slm_encoder=args.slm_encoder or "keep"
+    )
 
 
 def load_model(

@@ -63,6 +63,37 @@ def test_static_shapes(processor):
     assert shapes == [dict.fromkeys(prompt, (3, 10)) | response] * 2
 
 
+@pytest.mark.parametrize("form", ["list", "tensor"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_tokenized_before(processor, side, form):
+    """What the processor made of each row, as `datasets` keeps it, comes to the batch that the text comes to."""
+    processor.tokenizer.padding_side = processor.llm_tokenizer.padding_side = side
+    rows = [dict(processor(text=row["prompt"], text_target=row["completion"])) | row for row in ROWS]
+    if form == "tensor":
+        rows = [{n: torch.tensor(v) if isinstance(v, list) else v for n, v in row.items()} for row in rows]
+    for static in (False, True):
+        lengths = {"max_prompt_length": 64, "max_response_length": 30, "pad_to_max_length": static}
+        collator = LLM2SLMDataCollator(processor, **lengths)
+        batch, expected = collator(rows), collator(ROWS)
+        assert set(batch) == set(expected)
+        assert [name for name in batch if not torch.equal(batch[name], expected[name])] == []
+
+
+def test_bad_tokenized_rows(processor):
+    rows = [dict(processor(text=p, text_target=r)) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    collator = LLM2SLMDataCollator(processor)
+    for name in ("labels", "alignment"):
+        lacking = [rows[0], {column: value for column, value in rows[1].items() if column != name}]
+        with pytest.raises(ValueError, match=rf"Row 1 .*has no '{name}'; its columns are .*[Tt]okenize rows with"):
+            collator(lacking)
+    with pytest.raises(
+        ValueError, match=r"Row \d of the batch has \d+ labels, and is to have 3 at most.* `processor\(..., trunc"
+    ):
+        LLM2SLMDataCollator(processor, max_response_length=3)(rows)
+    with pytest.raises(ValueError, match=r"Row \d of the batch has \d+ slm_input_ids, and is to have 40 at most"):
+        LLM2SLMDataCollator(processor, max_prompt_length=40, max_response_length=30, pad_to_max_length=True)(rows)
+
+
 @pytest.mark.parametrize(
     ("row", "error"),
     [

@@ -375,6 +375,12 @@ def test_from_llm_slm_pretrained(zoo, tmp_path):
     assert load(llama).fusion == "add"  # an SLM cut from the LLM
     assert load(t5, llama, fusion="replace").max_prompt_length == 128  # of the SLM, which gets as many positions
     assert load(zoo.checkpoint("t5", "unigram", "llm"), llama).max_prompt_length is None
+    bart = zoo.checkpoint("bart", "bpe", "slm")
+    kept, skipped = load(llama, bart), load(llama, bart, slm_encoder="skip")  # whose encoder limits no prompt
+    assert (kept.slm_max_prompt_length, skipped.slm_max_prompt_length, skipped.fusion) == (128, None, "replace")
+    assert load(unigram, bart, slm_encoder="skip").fusion == "replace"
+    with pytest.raises(ValueError, match=r"`slm_encoder` must be one of 'keep', 'skip', got 'drop'"):
+        load(llama, bart, slm_encoder="drop")
     shutil.copytree(unigram, tmp_path / "part")
     assert load(tmp_path, t5, llm_subfolder="part").llm_tokenizer.get_vocab() == other.llm_tokenizer.get_vocab()
     with pytest.raises(ValueError, match=r"must share one tokenizer"):

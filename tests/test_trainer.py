@@ -146,6 +146,22 @@ def test_seq2seq_trainer_memorises(both, tmp_path):
     assert texts == seen["references"]
 
 
+def test_rows_tokenized_before_train_alike(both, tmp_path):
+    """Tokens that `Dataset.map` made train as the text does, with the `Trainer`'s own way with columns."""
+    model, processor = both
+    without_dropout(model)
+    state = {name: weights.clone() for name, weights in model.state_dict().items()}
+    text = Dataset.from_list(ROWS)
+    tokens = text.map(lambda rows: processor(text=rows["prompt"], text_target=rows["completion"]), batched=True)
+    seen = []
+    for rows, settings in ((text, {}), (tokens, {"remove_unused_columns": True})):
+        model.load_state_dict(state)
+        trainer = make_trainer(model, processor, tmp_path, rows=rows, max_steps=3, **settings)
+        trainer.train()
+        seen.append(losses(trainer))
+    assert seen[0] == seen[1] and len(seen[0]) == 3
+
+
 def test_plain_trainer(both, tmp_path):
     """With the plain `Trainer`, here with rows as a list, the metrics see logits and labels that stand side by side."""
     model, processor = both

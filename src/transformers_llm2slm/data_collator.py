@@ -19,7 +19,8 @@ class LLM2SLMDataCollator:
     Makes a batch of rows with a prompt and a response, for `Trainer`, `Seq2SeqTrainer` and TRL's `SFTTrainer`.
 
     Rows come in TRL's formats: `"prompt"` and `"completion"` as text, the same as lists of messages, or `"messages"`, of
-    which the last is the response and the others are the prompt. Rows of [`cache_llm_states`] bring the LLM's states.
+    which the last is the response and the others are the prompt. Rows of [`cache_llm_states`] bring the LLM's states. Rows that
+    the processor has tokenized before, `processor(text=prompts, text_target=responses)`, are padded as they are.
 
     Args:
         processor ([`LLM2SLMProcessor`]): The processor of the model.
@@ -27,7 +28,7 @@ class LLM2SLMDataCollator:
         max_response_length (`int`, *optional*): Responses are cut to so many SLM tokens, end token included.
         pad_to_max_length (`bool`, defaults to `False`): Pad every batch to these lengths, for static shapes.
 
-    The `Trainer` drops columns that the model's `forward` doesn't name: set `remove_unused_columns=False`.
+    The `Trainer` drops columns that the model's `forward` doesn't name, text among them: set `remove_unused_columns=False`.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class LLM2SLMDataCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """
         Args:
-            rows (`Sequence[Mapping]`): Rows of text, as above.
+            rows (`Sequence[Mapping]`): Rows of text or of tokens, as above.
 
         Returns:
             The processor's batch of tensors, with `labels` of shape `(batch_size, response_length)`; the same as
@@ -58,25 +59,46 @@ class LLM2SLMDataCollator:
             them.
 
         Raises:
-            ValueError: for a row without prompt or response; it names the columns that there are.
+            ValueError: for a row without prompt or response; it names the columns that there are. And for one that was tokenized
+                beyond the lengths, as tokens are not cut.
         """
-        texts = [prompt_and_completion(row, f"Row {index} of the batch") for index, row in enumerate(rows)]
-        batch = dict(
-            self.processor(
-                text=[prompt for prompt, _ in texts],
-                text_target=[completion for _, completion in texts],
-                padding=self.padding,
-                truncation=True,
-                max_length=self.max_prompt_length,
-                max_target_length=self.max_response_length,
-                return_tensors="pt",
-            )
-        )
+        batch = dict(self._padded(rows) if "input_ids" in rows[0] else self._tokenized(rows))
         labels = batch["labels"]
         batch |= {"shift_labels": labels, "decoder_input_ids": self.processor.decoder_input_ids(labels)}
         if any(STATES_COLUMN in row for row in rows):
             batch[STATES_COLUMN] = _padded_states([row.get(STATES_COLUMN) for row in rows], batch["attention_mask"])
         return batch
+
+    def _tokenized(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, torch.Tensor]:
+        texts = [prompt_and_completion(row, f"Row {index} of the batch") for index, row in enumerate(rows)]
+        return self.processor(
+            text=[prompt for prompt, _ in texts],
+            text_target=[completion for _, completion in texts],
+            padding=self.padding,
+            truncation=True,
+            max_length=self.max_prompt_length,
+            max_target_length=self.max_response_length,
+            return_tensors="pt",
+        )
+
+    def _padded(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, torch.Tensor]:
+        limits = {"input_ids": self.max_prompt_length, "labels": self.max_response_length}
+        if self.processor.fusion == "align":  # the SLM's view has the same length only for static shapes
+            limits["slm_input_ids"] = self.max_prompt_length if self.padding == "max_length" else None
+        for index, row in enumerate(rows):
+            for name, limit in limits.items():
+                if row.get(name) is None:
+                    raise ValueError(
+                        f"Row {index} of the batch has no {name!r}; its columns are {sorted(row)}. Tokenize rows with "
+                        "`processor(text=prompts, text_target=responses)`, or leave them text."
+                    )
+                if limit is not None and len(row[name]) > limit:
+                    raise ValueError(
+                        f"Row {index} of the batch has {len(row[name])} {name}, and is to have {limit} at most. It was tokenized "
+                        "before; cut it there: `processor(..., truncation=True, max_length=..., max_target_length=...)`."
+                    )
+        lengths = {"max_length": self.max_prompt_length, "max_target_length": self.max_response_length}
+        return self.processor.pad(rows, self.padding, **lengths, return_tensors="pt")
 
 
 def _padded_states(rows: Sequence[torch.Tensor | None], attention_mask: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .loading import decoder_layers
 from .probes import eval_mode
+from .processing_llm2slm import response_text
 from .rows import prompt_and_completion
 
 
@@ -57,7 +58,7 @@ def block_influence(llm: PreTrainedModel, tokenizer: Any, rows: Sequence[Mapping
                 prompt, completion = prompt_and_completion(row, f"Row {number} (the first is 0)")
                 if chat := not isinstance(prompt, str):
                     prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-                    completion = completion[-1]["content"]
+                    completion = response_text(completion)
                 prompt = tokenizer(prompt, add_special_tokens=not chat, truncation=True)["input_ids"]
                 completion = tokenizer(completion, add_special_tokens=False, truncation=True)["input_ids"]
                 if completion:

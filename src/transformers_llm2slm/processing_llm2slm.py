@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from transformers import AutoConfig, BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
@@ -14,6 +14,7 @@ from .alignment import align_tokens
 from .composition import different_tokenizers, load_tokenizer, tokenizers_equal
 from .configuration_llm2slm import (
     FUSIONS,
+    SLMEncoder,
     check_choice,
     decoder_text_config,
     encoder_text_config,
@@ -83,7 +84,12 @@ class LLM2SLMProcessor(IncludesCode, ProcessorMixin):
     # Loading and saving ----------------------------------------------------------------------------------------------
     @classmethod
     def from_llm_slm_pretrained(
-        cls, llm: str | os.PathLike, slm: str | os.PathLike | None = None, fusion: str | None = None, **kwargs: Any
+        cls,
+        llm: str | os.PathLike,
+        slm: str | os.PathLike | None = None,
+        fusion: str | None = None,
+        slm_encoder: str = "keep",
+        **kwargs: Any,
     ) -> LLM2SLMProcessor:
         """
         The processor for a model of this LLM and this SLM.
@@ -91,13 +97,17 @@ class LLM2SLMProcessor(IncludesCode, ProcessorMixin):
         Args:
             llm, slm (`str` or `os.PathLike`): Hub ids or local folders; `slm=None` if the SLM is cut from the LLM.
             fusion (`str`, *optional*): The model's fusion; by default `"add"` where the tokenizers are equal and
-                `"align"` where not, as for the model.
+                `"align"` where not, or `"replace"` if the SLM's encoder is skipped, as for the model.
+            slm_encoder (`str`, defaults to `"keep"`): The model's, too: an encoder that is skipped limits no prompt.
             kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, `trust_remote_code`, and the same and
                 `revision`, `subfolder` with the prefix `llm_` or `slm_` for one of the two.
 
         Raises:
-            ValueError: for `fusion="add"` with two different tokenizers.
+            ValueError: for `fusion="add"` or `"kv"` with two different tokenizers.
         """
+        check_choice("slm_encoder", slm_encoder, get_args(SLMEncoder))
+        if slm_encoder == "skip":
+            fusion = fusion or "replace"
         llm, slm = os.fspath(llm), None if slm is None else os.fspath(slm)
         shared = {key: kwargs.pop(key) for key in (*HUB_ARGUMENTS, "trust_remote_code") if key in kwargs}
         llm_kwargs, slm_kwargs = shared | take_prefixed(kwargs, "llm_"), shared | take_prefixed(kwargs, "slm_")
@@ -116,7 +126,7 @@ class LLM2SLMProcessor(IncludesCode, ProcessorMixin):
         if tokenizers_equal(llm_tokenizer, tokenizer):
             llm_tokenizer, fusion = tokenizer, fusion or "add"
         limits = [llm_position_limit(llm_config), llm_tokenizer.model_max_length]
-        slm_limit = position_limit(encoder_text_config(slm_config))
+        slm_limit = None if slm_encoder == "skip" else position_limit(encoder_text_config(slm_config))
         if fusion not in (None, "align"):  # the SLM's prompt is then as long as the LLM's
             limits.append(slm_limit)
         limits = [limit for limit in limits if limit is not None and limit < 1_000_000]
@@ -289,35 +299,82 @@ class LLM2SLMProcessor(IncludesCode, ProcessorMixin):
             raise ValueError(f'`return_tensors` must be None or "pt", got {return_tensors!r}.')
         single = _is_single(text if text is not None else text_target)
         columns: dict[str, list[list[int]]] = {}
-        static = padding == "max_length"
-        max_length = self.max_prompt_length if max_length is None else max_length
-        slm_limits = [self.slm_max_prompt_length, max_length if static else None]
-        slm_max_length = min((limit for limit in slm_limits if limit is not None), default=None)
         if text is not None:
             prompts = _some_texts("text", text)
             if all(map(is_conversation, prompts)):
                 prompts = list(self.apply_chat_template(prompts, add_generation_prompt=True))
                 add_special_tokens = False
-            columns |= self._prompt_columns(prompts, truncation, max_length, slm_max_length, add_special_tokens)
+            cut_to = self._lengths(max_length, static=padding == "max_length")
+            columns |= self._prompt_columns(prompts, truncation, *cut_to, add_special_tokens)
         if text_target is not None:
             responses = _some_texts("text_target", text_target)
             columns["labels"] = self.response_ids(
-                list(map(_response_text, responses)), max_target_length if truncation else None
+                list(map(response_text, responses)), max_target_length if truncation else None
             )
             if len({len(rows) for rows in columns.values()}) > 1:
                 raise ValueError(
                     f"Each prompt needs one response, got {len(columns['input_ids'])} and {len(responses)} of them."
                 )
+        batch = self.pad(columns, padding, max_length, max_target_length, return_tensors)
+        return (
+            BatchEncoding({name: rows[0] for name, rows in batch.items()}) if single and not return_tensors else batch
+        )
+
+    def pad(
+        self,
+        encoded_inputs: Mapping[str, Sequence[Sequence[int]]] | Sequence[Mapping[str, Any]],
+        padding: bool | str = True,
+        max_length: int | None = None,
+        max_target_length: int | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchEncoding:
+        """
+        Make a batch of rows that this processor has tokenized before.
+
+        Args:
+            encoded_inputs (`Mapping[str, Sequence]` or `Sequence[Mapping]`): The columns that it returned, or rows of them,
+                of which other columns are left out.
+            padding, max_length, max_target_length, return_tensors: As for `__call__`. Nothing is cut.
+
+        Returns:
+            `BatchEncoding`: As from `__call__`, with the columns that a model takes.
+
+        Raises:
+            ValueError: for rows that lack a column, or that make no tensor as they are of unequal length.
+        """
+        columns: dict[str, Any] = (
+            dict(encoded_inputs) if isinstance(encoded_inputs, Mapping) else self._columns(encoded_inputs)
+        )
+        static = padding == "max_length"
+        max_length, slm_max_length = self._lengths(max_length, static)
+        limits = dict.fromkeys(columns, slm_max_length) | {"labels": max_target_length}
+        limits |= {"input_ids": max_length, "attention_mask": max_length}
         if padding or return_tensors is not None:
-            limits = dict.fromkeys(columns, slm_max_length) | {"labels": max_target_length}
-            limits |= {"input_ids": max_length, "attention_mask": max_length}
             columns = {
                 name: self._padded(name, rows, bool(padding), limits[name] if static else None)
                 for name, rows in columns.items()
             }
         if return_tensors is not None:
-            return BatchEncoding({name: torch.tensor(rows, dtype=torch.long) for name, rows in columns.items()})
-        return BatchEncoding({name: rows[0] if single else rows for name, rows in columns.items()})
+            columns = {name: torch.tensor(rows, dtype=torch.long) for name, rows in columns.items()}
+        return BatchEncoding(columns)
+
+    def _columns(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[int]]]:
+        columns: dict[str, list[list[int]]] = {}
+        for name in (*self.model_input_names, *(["labels"] if any("labels" in row for row in rows) else [])):
+            for index, row in enumerate(rows):
+                if row.get(name) is None:
+                    raise ValueError(
+                        f"Row {index} has no {name!r}; its columns are {sorted(row)}. Tokenize rows with this processor: "
+                        "`processor(text=prompts, text_target=responses)`."
+                    )
+            columns[name] = [torch.as_tensor(row[name]).tolist() for row in rows]
+        return columns
+
+    def _lengths(self, max_length: int | None, static: bool) -> tuple[int | None, int | None]:
+        """How many tokens of a prompt the LLM and, for `fusion="align"`, the SLM get at most."""
+        max_length = self.max_prompt_length if max_length is None else max_length
+        slm_limits = [self.slm_max_prompt_length, max_length if static else None]
+        return max_length, min((limit for limit in slm_limits if limit is not None), default=None)
 
     def _prompt_columns(
         self,
@@ -474,7 +531,7 @@ def _some_texts(name: str, text: Any) -> list[Any]:
     return texts
 
 
-def _response_text(response: Any) -> str:
+def response_text(response: Any) -> str:
     """The text of a response, which may come as the assistant's message."""
     if is_conversation(response):
         if len(response) != 1 or response[0]["role"] != "assistant":

@@ -183,7 +183,8 @@ def compose(
 
     quiet()
     model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(llm, slm, **options, **hub)
-    processor = LLM2SLMProcessor.from_llm_slm_pretrained(llm, slm, fusion=model.config.fusion, **hub)
+    choices = {"fusion": model.config.fusion, "slm_encoder": model.config.slm_encoder}
+    processor = LLM2SLMProcessor.from_llm_slm_pretrained(llm, slm, **choices, **hub)
     model.save_pretrained(out, save_llm=save_llm)
     processor.save_pretrained(out)
     show_info(checkpoint_info(str(out)), Console())
