@@ -37,7 +37,7 @@ bench: venv ## measure speed, and write the figures into README.md: about four h
 	done
 	$(BIN)/python benchmarks/readme.py
 
-quality: venv ## train one row of the table of quality again, beside the stored one: about 20 minutes
+quality: venv ## train one row of the table of quality again, beside the stored one: 20 to 30 minutes
 	$(BIN)/python benchmarks/quality.py --reproduce
 
 cards: venv ## write model_cards/ anew, from the recorded results

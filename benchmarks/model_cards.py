@@ -116,6 +116,7 @@ def quality_records(row: Row) -> list[Record]:
     tables, speed = (
         json.loads((RESULTS / "quality" / name).read_text(encoding="utf-8")) for name in ("tables.json", "speed.json")
     )
+    speed = speed[cell.task]
     figures = tables["main"][cell.task][row.name]
     task, judged = TASKS[cell.task], TITLES[TASKS[cell.task].score]
     columns = {name: name for name in COLUMNS[cell.task]} | {"loss": "loss per token"}
@@ -131,7 +132,7 @@ def quality_records(row: Row) -> list[Record]:
         "learning rate": cell.learning_rate,
         "schedule": "cosine, the first tenth of the steps warming up",
         "optimizer": "AdamW without weight decay",
-        "bfloat16 autocast": True,
+        "bfloat16 autocast": first.get("bfloat16", True),  # so were all that do not say
         "prompts": f"at most {cell.prompt_length} tokens, then {task.suffix!r}",
         "answers": f"at most {task.max_new_tokens} tokens",
         "seed": cell.seed,
@@ -167,9 +168,7 @@ def quality_records(row: Row) -> list[Record]:
         {
             "kind": SPEED,
             "settings": speed["settings"],
-            "figures": {
-                THIS_MODEL if name == row.name else name: own for name, own in speed["figures"][cell.task].items()
-            },
+            "figures": {THIS_MODEL if name == row.name else name: own for name, own in speed["figures"].items()},
             **speed_by,
         },
     ]

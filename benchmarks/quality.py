@@ -13,7 +13,8 @@ Two tasks: descriptions of software packages to one line (synopsis), and English
 with one setting and one seed; its settings, metrics, losses on the way and generated answers go to
 `results/quality/TASK/NAME.json` when it is done, so an interrupted run goes on where it was. Test rows are read for the main
 table alone, ablations are measured on validation rows. Cached LLM states, the fine-tuned LLMs (teachers) and what else is made
-on the way lie in the work folder.
+on the way lie in the work folder. Frozen LLMs and autocast are in bfloat16 where the machine is faster in it, as it was for all
+results that do not say otherwise, else in float32.
 """
 
 from __future__ import annotations
@@ -104,7 +105,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell later than this")
     parser.add_argument("--list", action="store_true", help="list the cells")
     parser.add_argument("--report", action="store_true", help="write tables and plots from what is there")
-    parser.add_argument("--speed", action="store_true", help="measure the speed of the main table's contestants")
+    parser.add_argument(
+        "--speed",
+        nargs="?",
+        const="speed.json",
+        metavar="FILE",
+        help="measure the speed of the main table's contestants, into this file of the results, speed.json by default",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the speed measurement, 5 by default")
     parser.add_argument("--reproduce", action="store_true", help="one row of the main table beside the stored one")
     parser.add_argument("--work-dir", type=pathlib.Path, default=WORK, help="folder for states and checkpoints")
@@ -123,7 +130,7 @@ def main() -> None:
             print(f"{'done ' if file_of(cell).exists() else 'to do'} {cell.task}: {cell.name}")
         return
     if options.speed:
-        quality_speed.measure(RESULTS, options.task or tuple(TASKS), options.rounds)
+        quality_speed.measure(RESULTS / options.speed, options.task or tuple(TASKS), options.rounds)
     elif not options.report:
         for cell in cells:
             if not file_of(cell).exists():

@@ -40,13 +40,13 @@ from transformers_llm2slm import (
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT / "examples"))
 
-from demo import SLMAloneCollator, loss_per_token  # noqa: E402, F401
+from demo import SLMAloneCollator, fast_dtype, loss_per_token  # noqa: E402, F401
 from prepare_healing_rows import cut_in_two  # noqa: E402
 from prepare_models import prepare  # noqa: E402
 
 FIT_PROMPTS = 500
-# Whatever a machine is faster in: what it reads depends on it.
-LLM_DTYPE = torch.bfloat16
+# bfloat16, of frozen LLMs and of autocast, where this machine is faster in it. Without it, it may take five times as long.
+frozen_dtype = cache(fast_dtype)
 VOCABULARY = 8192
 COMPOSING = (
     "llm_layer",
@@ -159,7 +159,7 @@ def arguments_of(cell: Cell, *names: str) -> dict[str, Any]:
 
 
 def compose(cell: Cell, processor: LLM2SLMProcessor, llm: str) -> LLM2SLMForConditionalGeneration:
-    """The hybrid before training: LLM in bfloat16, projector and SLM in float32."""
+    """The hybrid before training: projector and SLM in float32, the LLM in bfloat16 where that is fast."""
     options = arguments_of(cell, *COMPOSING)
     few = cell.with_changes(rows=min(cell.rows, FIT_PROMPTS))
     prompts = [row["prompt"] for row in rows_for(few, "train", processor.llm_tokenizer)]
@@ -173,7 +173,7 @@ def compose(cell: Cell, processor: LLM2SLMProcessor, llm: str) -> LLM2SLMForCond
     if cell.projector_init == "fit":
         options["fit_prompts"] = prompts
     model = LLM2SLMForConditionalGeneration.from_llm_slm_pretrained(
-        llm, fusion=processor.fusion, processor=processor, llm_dtype=LLM_DTYPE, **options
+        llm, fusion=processor.fusion, processor=processor, llm_dtype=frozen_dtype(), **options
     )
     if model.config.slm_layers and model.config.slm_layers[0] > 0:
         fit_slm_embeddings(model, processor, prompts)
@@ -202,7 +202,7 @@ def contestant_for(cell: Cell, llm: pathlib.Path | None = None) -> Contestant:
     processor, task = processor_for(cell), TASKS[cell.task]
     llm_folder = llm_path(cell.llm) if llm is None else str(llm)
     if cell.contestant in (ZERO_SHOT, TUNED):
-        dtype = LLM_DTYPE if cell.contestant == ZERO_SHOT else torch.float32
+        dtype = frozen_dtype() if cell.contestant == ZERO_SHOT else torch.float32
         model = AutoModelForCausalLM.from_pretrained(llm_folder, dtype=dtype)
         if cell.lora_rank:
             model = get_peft_model(model, LoraConfig(r=cell.lora_rank, target_modules="all-linear"))

@@ -17,6 +17,7 @@ from quality_models import (
     alone_writer,
     as_dataset,
     contestant_for,
+    frozen_dtype,
     healing_rows,
     loss_per_token,
     rows_for,
@@ -70,6 +71,7 @@ def run(
         "task": cell.task,
         "contestant": cell.contestant,
         "settings": cell.settings(),
+        "bfloat16": frozen_dtype() is torch.bfloat16,
         "parameters": sum(parameter.numel() for parameter in trained) if cell.steps else 0,
         "metrics": {name: round(value, 3) for name, value in metrics.items()},
         "curve": curve,
@@ -127,7 +129,7 @@ def teach(
         began = time.perf_counter()
         teacher_model = None
         if cell.distillation_weight and name == "training":
-            teacher_model = AutoModelForCausalLM.from_pretrained(teacher(), dtype=torch.bfloat16)
+            teacher_model = AutoModelForCausalLM.from_pretrained(teacher(), dtype=frozen_dtype())
         # Of its own, as several may train side by side.
         with tempfile.TemporaryDirectory(dir=work_dir) as folder:
             history = train(cell, contestant, *datasets, steps, folder, teacher_model)
@@ -173,7 +175,7 @@ def train(
         eval_strategy="steps",
         eval_steps=points,
         prediction_loss_only=True,
-        bf16=True,
+        bf16=frozen_dtype() is torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False,
         save_strategy="no",
@@ -223,7 +225,7 @@ def llm_labels(
     missing = [row["prompt"] for row in rows if row["prompt"] not in known]
     if missing:
         tuned = contestant_for(Cell(cell.task, ZERO_SHOT, llm=cell.llm))
-        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=frozen_dtype()).eval()
         tuned.write = alone_writer(model, tuned.processor, tuned.collator, instruction=None)  # type: ignore[arg-type]
         for start in range(0, len(missing), 500):
             prompts = missing[start : start + 500]

@@ -46,6 +46,7 @@ def cpu_model() -> str:
 def machine() -> dict[str, Any]:
     """What figures are measured on: the processor, its cores, torch's threads, and the accelerators if there are any."""
     found: dict[str, Any] = {"cpu": cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    found["instructions"] = torch.backends.cpu.get_cpu_capability()  # of which torch has kernels, such as "AVX512"
     if torch.cuda.is_available():
         found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return found
