@@ -11,7 +11,7 @@ import numpy as np
 from quality_cells import HYBRID, TASKS, TUNED, Cell
 from quality_models import read_rows
 from quality_scores import Interval, RowScores, interval
-from quality_speed import ALIKE
+from quality_speed import ALIKE, DECODING, read_speed
 from quality_tables import ABLATIONS, MAIN, Row
 
 SHOWN = 20
@@ -139,7 +139,7 @@ def main_table(task: str, figures: dict[str, dict[str, Any]], speed: dict[str, A
                 shown(row.get("gap closed, interval"), row.get("gap closed, %"), "{:.0f} %"),
                 f"{own['tokens/s']:.1f}" if own else "",
                 f"{own['times the LLM']:.2f}" if own else "",
-                f"{own['decoding, times the LLM']:.2f}" if own else "",
+                f"{own[DECODING]:.2f}" if own else "",
                 f"{own[ALIKE]:.2f}" if own else "",
             ]
         )
@@ -153,12 +153,12 @@ def verdicts(task: str, figures: dict[str, dict[str, Any]], speed: dict[str, Any
     for name, row in figures.items():
         if "of the LLM's score, %" not in row or name not in speeds:
             continue
-        share, decoding = row["of the LLM's score, %"], speeds[name]["decoding, times the LLM"]
+        share, decoding = row["of the LLM's score, %"], speeds[name][DECODING]
         reached = "reached" if share >= AIM_SHARE and decoding >= AIM_SPEED else "missed"
         beside = "its SLM alone has not been trained."
         if "beside" in row:
             difference, interval = row["above the SLM alone"], row["above the SLM alone, interval"]
-            beside_slm = decoding / speeds[row["beside"]]["decoding, times the LLM"]
+            beside_slm = decoding / speeds[row["beside"]][DECODING]
             found = "surely above" if interval[0] > 0 else "surely below" if interval[1] < 0 else "not surely above"
             closed = shown(row["gap closed, interval"], row["gap closed, %"], "{:.0f} %")
             beside = (
@@ -301,8 +301,7 @@ def curves(path: pathlib.Path, folder: pathlib.Path) -> None:
 # The page ----------------------------------------------------------------------------------------------------------------
 def write(folder: pathlib.Path) -> dict[str, Any]:
     """Write `tables.json`, the plots and `README.md` into the folder of the results; returns the figures."""
-    speed_file = folder / "speed.json"
-    speed = json.loads(speed_file.read_text(encoding="utf-8"))["figures"] if speed_file.exists() else {}
+    speed = read_speed(folder / "speed.json")
     figures: dict[str, Any] = {"main": {}, "ablations": {}}
     parts = ["# Quality: tables, curves and answers", "", "Made by `python benchmarks/quality.py --report`."]
     for task in TASKS:

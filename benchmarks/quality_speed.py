@@ -17,17 +17,24 @@ from transformers_llm2slm.measurements import provenance
 from transformers_llm2slm.speed import measure_speed
 
 NEW_TOKENS = 32
+DECODING = "decoding, times the LLM"
 ALIKE = "decoding, times the LLM with the same linear layers"
 
 
-def measure(folder: pathlib.Path, tasks: Sequence[str], rounds: int) -> None:
+def read_speed(file: pathlib.Path) -> dict[str, Any]:
+    """Figures by task and row, of what was measured into a file."""
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {task: own["figures"] for task, own in stored.items()}
+
+
+def measure(file: pathlib.Path, tasks: Sequence[str], rounds: int) -> None:
     """
     Time the contestants, untrained, for speed does not depend on the weights: one prompt of median length, exactly 32 tokens,
     medians of the rounds. Hybrids and SLMs write by this library's linear layers for few rows, the LLM by its own `generate`, and
-    once more with these layers. Writes `speed.json`, and leaves other tasks in it as they are.
+    once more with these layers. Other tasks in the file stay as they are.
     """
-    file = folder / "speed.json"
-    stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"figures": {}}
+    stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    settings = {"new tokens": NEW_TOKENS, "batch size": 1, "dtype": "float32", "rounds": rounds}
     for task in tasks:
         writers: dict[str, Callable[[int], Any]] = {}
         # Rows that differ in training alone are as fast; the others are compared with the first.
@@ -41,13 +48,13 @@ def measure(folder: pathlib.Path, tasks: Sequence[str], rounds: int) -> None:
         writers[ALIKE] = writer(teacher_cell(task), few_rows=True)
         figures = measure_speed(writers, NEW_TOKENS, rounds)
         for own in figures.values():
-            for name, other in (("decoding, times the LLM", TUNED), (ALIKE, ALIKE)):
+            for name, other in ((DECODING, TUNED), (ALIKE, ALIKE)):
                 own[name] = figures[other]["further token, ms"] / own["further token, ms"]
-        stored["figures"][task] = {name: figures[of_cell[cell]] for name, cell in alike.items()}
+        own_figures = {name: figures[of_cell[cell]] for name, cell in alike.items()}
+        made = provenance(f"python benchmarks/quality.py --speed {file.name}")
+        stored[task] = {"figures": own_figures, "settings": settings} | made
+        file.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
         print(f"{task}: " + ", ".join(f"{name} {own['tokens/s']:.1f} tokens/s" for name, own in figures.items()))
-    settings = {"new tokens": NEW_TOKENS, "batch size": 1, "dtype": "float32", "rounds": rounds}
-    stored |= {"settings": settings} | provenance("python benchmarks/quality.py --speed")
-    file.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 
 
 def writer(cell: Cell, few_rows: bool) -> Callable[[int], Any]:

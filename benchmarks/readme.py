@@ -16,7 +16,9 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from quality_cells import HYBRID, SLM
 from quality_report import ablation_table, main_table, table, verdicts
+from quality_speed import ALIKE, DECODING, read_speed
 from quality_tables import MAIN
 from speed_report import started
 
@@ -34,8 +36,9 @@ def read(name: str) -> Any:
 def where(result: dict[str, Any]) -> str:
     """Command, date and machine of a result."""
     machine, versions = result["machine"], result["versions"]
+    processor = " with ".join(machine[part] for part in ("cpu", "instructions") if part in machine)
     return (
-        f"`{result['command']}` on {result['date'][:10]}, on {machine['cores']} cores of an {machine['cpu']}, transformers "
+        f"`{result['command']}` on {result['date'][:10]}, on {machine['cores']} cores of an {processor}, transformers "
         f"{versions['transformers']}, torch {versions['torch'].partition('+')[0]}"
     )
 
@@ -279,7 +282,7 @@ def quality_summary() -> str:
 
 def quality(names: Collection[str] | None = None) -> str:
     """The main tables of `quality.py`, or some of their rows."""
-    figures, speeds = read("quality/tables.json")["main"], read("quality/speed.json")["figures"]
+    figures, speeds = read("quality/tables.json")["main"], read_speed(RESULTS / "quality" / "speed.json")
     if names is not None:
         figures = {task: {name: rows[name] for name in rows if name in names} for task, rows in figures.items()}
     return "\n\n".join(
@@ -287,6 +290,22 @@ def quality(names: Collection[str] | None = None) -> str:
         for task, title in QUALITY_TASKS.items()
         if figures[task]
     )
+
+
+def quality_machines() -> str:
+    """The speeds beside the main tables, and what the same came to on a processor of less."""
+    above, below = (read(f"quality/{name}.json") for name in ("speed", "speed_avx2"))
+    parts = []
+    for task, title in QUALITY_TASKS.items():
+        rows: dict[str, list[str]] = {}  # of those that are as fast, the first
+        for row in MAIN[task]:
+            figures = [stored[task]["figures"][row.name] for stored in (above, below)]
+            cells = [f"{own[name]:.2f}" for name in (DECODING, ALIKE) for own in figures]
+            if row.cells[0].contestant in (SLM, HYBRID):
+                rows.setdefault(repr(figures), [row.name, *cells])
+        names = ["decoding, x the LLM", "above", "AVX2", "above, alike", "AVX2, alike"]
+        parts.append(f"{title}:\n\n" + table(names, list(rows.values())))
+    return "\n\n".join(parts) + f"\n\n{where(below['synopsis'])}."
 
 
 def ablations() -> str:
@@ -309,6 +328,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "serving": serving,
     "quality": quality,
     "quality-summary": quality_summary,
+    "quality-machines": quality_machines,
     "ablations": ablations,
 }
 
