@@ -87,10 +87,18 @@ def test_bad_tokenized_rows(processor):
         with pytest.raises(ValueError, match=rf"Row 1 .*has no '{name}'; its columns are .*[Tt]okenize rows with"):
             collator(lacking)
     with pytest.raises(
-        ValueError, match=r"Row \d of the batch has \d+ labels, and is to have 3 at most.* `processor\(..., trunc"
+        ValueError, match=r"A row of the batch has \d+ labels, and is to have 3 at most.* `processor\(..., trunc"
     ):
         LLM2SLMDataCollator(processor, max_response_length=3)(rows)
-    with pytest.raises(ValueError, match=r"Row \d of the batch has \d+ slm_input_ids, and is to have 40 at most"):
+    rows = [row | {"input_ids": [1, 2]} for row in ROWS]  # of whomever: there are no labels
+    assert_same(collator(rows), processor(text=PROMPTS, text_target=RESPONSES, padding=True, return_tensors="pt"))
+    with pytest.raises(ValueError, match=r"`text` must hold at least one text"):
+        collator([])
+
+
+def test_tokenized_rows_that_are_too_long(processor):
+    rows = [dict(processor(text=p, text_target=r)) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    with pytest.raises(ValueError, match=r"A row of the batch has \d+ slm_input_ids, and is to have 40 at most"):
         LLM2SLMDataCollator(processor, max_prompt_length=40, max_response_length=30, pad_to_max_length=True)(rows)
 
 

@@ -62,7 +62,8 @@ class LLM2SLMDataCollator:
             ValueError: for a row without prompt or response; it names the columns that there are. And for one that was tokenized
                 beyond the lengths, as tokens are not cut.
         """
-        batch = dict(self._padded(rows) if "input_ids" in rows[0] else self._tokenized(rows))
+        before = any("input_ids" in row and "labels" in row for row in rows)
+        batch = dict(self._padded(rows) if before else self._tokenized(rows))
         labels = batch["labels"]
         batch |= {"shift_labels": labels, "decoder_input_ids": self.processor.decoder_input_ids(labels)}
         if any(STATES_COLUMN in row for row in rows):
@@ -82,23 +83,18 @@ class LLM2SLMDataCollator:
         )
 
     def _padded(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, torch.Tensor]:
-        limits = {"input_ids": self.max_prompt_length, "labels": self.max_response_length}
-        if self.processor.fusion == "align":  # the SLM's view has the same length only for static shapes
-            limits["slm_input_ids"] = self.max_prompt_length if self.padding == "max_length" else None
-        for index, row in enumerate(rows):
-            for name, limit in limits.items():
-                if row.get(name) is None:
-                    raise ValueError(
-                        f"Row {index} of the batch has no {name!r}; its columns are {sorted(row)}. Tokenize rows with "
-                        "`processor(text=prompts, text_target=responses)`, or leave them text."
-                    )
-                if limit is not None and len(row[name]) > limit:
-                    raise ValueError(
-                        f"Row {index} of the batch has {len(row[name])} {name}, and is to have {limit} at most. It was tokenized "
-                        "before; cut it there: `processor(..., truncation=True, max_length=..., max_target_length=...)`."
-                    )
         lengths = {"max_length": self.max_prompt_length, "max_target_length": self.max_response_length}
-        return self.processor.pad(rows, self.padding, **lengths, return_tensors="pt")
+        batch = self.processor.pad(rows, self.padding, **lengths, return_tensors="pt")
+        limits = {"input_ids": self.max_prompt_length, "labels": self.max_response_length}
+        if self.processor.fusion == "align" and self.padding == "max_length":
+            limits["slm_input_ids"] = self.max_prompt_length
+        for name, limit in limits.items():
+            if limit is not None and batch[name].shape[1] > limit:
+                raise ValueError(
+                    f"A row of the batch has {batch[name].shape[1]} {name}, and is to have {limit} at most. It was tokenized "
+                    "before; cut it there: `processor(..., truncation=True, max_length=..., max_target_length=...)`."
+                )
+        return batch
 
 
 def _padded_states(rows: Sequence[torch.Tensor | None], attention_mask: torch.Tensor) -> torch.Tensor:
