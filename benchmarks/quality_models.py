@@ -45,7 +45,7 @@ from prepare_healing_rows import cut_in_two  # noqa: E402
 from prepare_models import prepare  # noqa: E402
 
 FIT_PROMPTS = 500
-# bfloat16, of frozen LLMs and of autocast, where this machine is faster in it. Without it, it may take five times as long.
+# bfloat16, of frozen LLMs and of autocast, where this machine is faster in it.
 frozen_dtype = cache(fast_dtype)
 VOCABULARY = 8192
 COMPOSING = (

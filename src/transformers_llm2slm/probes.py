@@ -48,12 +48,16 @@ def _differ(first: torch.Tensor, second: torch.Tensor, model: PreTrainedModel) -
 
 
 def _padding_matters(
-    read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ids: torch.Tensor, side: str, model: PreTrainedModel
+    read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ids: torch.Tensor,
+    alone: torch.Tensor,
+    side: str,
+    model: PreTrainedModel,
 ) -> bool:
     """
     Whether what `read(tokens, attention_mask)` gives for `ids` `(1, 6)` changes with masked padding at a side, `"left"` or `"right"`.
 
-    Beside no padding, or where a model rounds, beside other tokens as padding: between batches of different shapes alone, processors
+    Beside what it gives `alone`, or where a model rounds, beside other tokens as padding: between batches of different shapes alone, processors
     without bfloat16 round the states of sound models apart by a tenth and more.
     """
 
@@ -62,7 +66,6 @@ def _padding_matters(
         mask = torch.cat([torch.full_like(tokens, kept) for tokens, kept in parts], dim=1)
         return read(torch.cat([tokens for tokens, _ in parts], dim=1), mask)[:, mask[0].bool()]
 
-    alone = read(ids, torch.ones_like(ids))
     beside = alone if _computes_exactly(alone, model) else padded(ids[:, PADDING : 2 * PADDING])
     return _differ(beside, padded(ids[:, :PADDING]), model)
 
@@ -72,7 +75,7 @@ def check_can_read(llm: PreTrainedModel, config: LLM2SLMConfig) -> None:
     """
     Raise a `ValueError` that says why, if `llm` can't be the LLM: its states must have the width that its configuration
     tells, and must not depend on padding behind the prompt; where layers above `llm_layer` are not run, what is read must
-    be its hidden states. Three to six forward passes over at most eight tokens.
+    be its hidden states. Two to five forward passes over at most eight tokens.
     """
     name = type(llm).__name__
     body = llm.get_encoder() if llm.config.is_encoder_decoder else llm
@@ -82,11 +85,12 @@ def check_can_read(llm: PreTrainedModel, config: LLM2SLMConfig) -> None:
         return body(input_ids=tokens, attention_mask=attention_mask).last_hidden_state
 
     with eval_mode(llm):
-        width = read(ids, torch.ones_like(ids)).shape[-1]
-        padding_matters = _padding_matters(read, ids, "right", llm)
-    if width != config.llm_hidden_size:
+        alone = read(ids, torch.ones_like(ids))
+        padding_matters = _padding_matters(read, ids, alone, "right", llm)
+    if alone.shape[-1] != config.llm_hidden_size:
         raise ValueError(
-            f"{name} can't be the LLM: its states are {width} wide, but its configuration says {config.llm_hidden_size}."
+            f"{name} can't be the LLM: its states are {alone.shape[-1]} wide, but its configuration says "
+            f"{config.llm_hidden_size}."
         )
     if padding_matters:
         raise ValueError(
@@ -147,7 +151,7 @@ def check_can_write(slm: PreTrainedModel) -> None:
     """
     Raise a `ValueError` that says why, if `slm` can't continue from a prompt that is given as embeddings: its logits must
     be the same from `input_ids` and from `inputs_embeds`; those of a decoder-only SLM must depend neither on later
-    tokens nor on padding before the prompt. Two to six forward passes over at most eight tokens.
+    tokens nor on padding before the prompt. Two to five forward passes over at most eight tokens.
     """
     name = type(slm).__name__
     causal = not slm.config.is_encoder_decoder
@@ -178,7 +182,7 @@ def check_can_write(slm: PreTrainedModel) -> None:
             positions = positions if accepts(slm.forward, "position_ids") else {}
             return slm(inputs_embeds=embed_tokens(slm, tokens), attention_mask=attention_mask, **positions).logits
 
-        if _padding_matters(write, ids, "left", slm):
+        if _padding_matters(write, ids, expected, "left", slm):
             raise ValueError(
                 f"{name} can't be the SLM: its logits change with padding that the attention mask marks, so an answer "
                 "would depend on the other prompts of its batch. Choose another SLM."
