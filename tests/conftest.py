@@ -249,6 +249,15 @@ PAIRS = [
     Pair("llama", "qwen3", "kv"),
     Pair("gpt2", "gemma3", "kv"),
 ]
+SMALL, SMALL_CAUSAL = Pair("t5", "t5", "add"), Pair("llama", "llama", "align")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A model that was exported, and the folder of its graphs and its processor."""
+
+    model: LLM2SLMForConditionalGeneration
+    folder: pathlib.Path
 
 
 class Zoo:
@@ -256,6 +265,7 @@ class Zoo:
 
     def __init__(self, root: pathlib.Path):
         self.root = root
+        self.exports: dict[tuple[Pair, str, bool], Export] = {}
         self.tokenizers = {kind: train_tokenizer(kind) for kind in ("bpe", "unigram")}
 
     def checkpoint(self, family: str, tokenizer: str, role: str) -> str:
@@ -290,6 +300,16 @@ class Zoo:
             llm, slm, fusion=pair.fusion, **options | kwargs
         )
         return model, LLM2SLMProcessor.from_llm_slm_pretrained(llm, slm, fusion=pair.fusion)
+
+    def export(self, pair: Pair, format: str = "onnx", int8: bool = False) -> Export:
+        """What comes of exporting a fresh model of a pair in training mode; made once, so read only."""
+        key = (pair, format, int8)
+        if key not in self.exports:
+            model, processor = self.compose(pair)
+            folder = self.root / f"export-{len(self.exports)}"
+            model.train().export(folder, format=format, int8=int8, processor=processor)
+            self.exports[key] = Export(model, folder)
+        return self.exports[key]
 
 
 def make_batch(
@@ -327,13 +347,13 @@ def composed(
 @pytest.fixture
 def small(zoo: Zoo) -> tuple[LLM2SLMForConditionalGeneration, LLM2SLMProcessor]:
     """One pair with one tokenizer and an encoder-decoder SLM, fresh, for tests that are not about families."""
-    return zoo.compose(Pair("t5", "t5", "add"))
+    return zoo.compose(SMALL)
 
 
 @pytest.fixture
 def small_causal(zoo: Zoo) -> tuple[LLM2SLMForConditionalGeneration, LLM2SLMProcessor]:
     """One pair with two tokenizers and a decoder-only SLM, fresh."""
-    return zoo.compose(Pair("llama", "llama", "align"))
+    return zoo.compose(SMALL_CAUSAL)
 
 
 # The command line -------------------------------------------------------------------------------------------------------

@@ -69,3 +69,6 @@ if __name__ == "__main__":
     shard_on_cpu()
     for arguments in json.loads(sys.argv[1]):
         run(pathlib.Path(arguments.pop("folder")), **arguments)
+    # A process that ends with its group's threads alive may crash, or break what the other one still receives.
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import PROMPTS, Pair
+from conftest import PROMPTS, SMALL, SMALL_CAUSAL
 from matplotlib.image import imread
 from transformers.utils import logging
 
@@ -37,7 +37,7 @@ def compose(zoo, pair, folder):
 
 @pytest.fixture(scope="module")
 def checkpoint(zoo, tmp_path_factory):
-    return compose(zoo, Pair("llama", "llama", "align"), tmp_path_factory.mktemp("bench") / "model")
+    return compose(zoo, SMALL_CAUSAL, tmp_path_factory.mktemp("bench") / "model")
 
 
 @pytest.fixture
@@ -119,9 +119,8 @@ def test_what_is_refused(run, checkpoint):
 def test_exports(run, zoo, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    folder, output = tmp_path / "export", tmp_path / "bench.json"
-    checkpoint = compose(zoo, Pair("t5", "t5", "add"), tmp_path / "model")
-    LLM2SLMForConditionalGeneration.from_pretrained(checkpoint).export(folder)
+    folder, output = zoo.export(SMALL).folder, tmp_path / "bench.json"
+    checkpoint = compose(zoo, SMALL, tmp_path / "model")
     assert run(checkpoint, *SHORT, "--export-dir", folder, "--output", output)[0] == 0
     results = json.loads(output.read_text())
     assert list(results["figures"])[-1] == "hybrid, onnx float32"

@@ -90,6 +90,9 @@ def test_bad_tokenized_rows(processor):
         ValueError, match=r"A row of the batch has \d+ labels, and is to have 3 at most.* `processor\(..., trunc"
     ):
         LLM2SLMDataCollator(processor, max_response_length=3)(rows)
+    for options, error in (({"padding": "shortest"}, "`padding` must be"), ({"return_tensors": "np"}, "`return_tens")):
+        with pytest.raises(ValueError, match=error):
+            processor.pad(rows, **options)
     rows = [row | {"input_ids": [1, 2]} for row in ROWS]  # of whomever: there are no labels
     assert_same(collator(rows), processor(text=PROMPTS, text_target=RESPONSES, padding=True, return_tensors="pt"))
     with pytest.raises(ValueError, match=r"`text` must hold at least one text"):

@@ -87,7 +87,7 @@ def launched(request, folders):
     command += ["--main_process_port", "0", "--num_processes", "2"]
     result = subprocess.run(
         [*command, distributed_run.__file__, json.dumps(runs)],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, Pair, Zoo
+from conftest import PROMPTS, SMALL, SMALL_CAUSAL, Pair, Zoo
 from transformers import AutoModel, AutoProcessor, LogitsProcessorList, pipeline
 
 from transformers_llm2slm import LLM2SLMExportedModel, LLM2SLMForConditionalGeneration
@@ -26,10 +26,10 @@ onnx = pytest.importorskip("onnx")
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": 1}
 # Both kinds of SLM, of several families; both kinds of LLM; every fusion; an encoder of the SLM that is skipped.
 EXPORTED = (
-    Pair("t5", "t5", "add"),
+    SMALL,
     Pair("t5", "t5", "replace", (("slm_encoder", "skip"),)),
     Pair("bert", "bart", "align"),
-    Pair("llama", "llama", "align"),
+    SMALL_CAUSAL,
     Pair("llama", "gpt2", "llm-embed"),
     Pair("qwen3", "gemma3", "add", (("llm_layer", (1, 2)),)),
     Pair("llama", "qwen3", "kv"),
@@ -37,23 +37,15 @@ EXPORTED = (
 
 
 @pytest.fixture(scope="module", params=EXPORTED, ids=str)
-def exported(request: pytest.FixtureRequest, zoo: Zoo, tmp_path_factory: pytest.TempPathFactory):
+def exported(request: pytest.FixtureRequest, zoo: Zoo):
     """The model, its processor, and what was exported of it for ONNX Runtime, loaded from its folder."""
-    model, processor = zoo.compose(request.param)
-    folder = tmp_path_factory.mktemp("exported")
-    model.export(folder)
-    processor.save_pretrained(folder)
-    return model, processor, LLM2SLMExportedModel.from_pretrained(folder)
+    return *zoo.compose(request.param), LLM2SLMExportedModel.from_pretrained(zoo.export(request.param).folder)
 
 
 @pytest.fixture(scope="module")
-def folder(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(zoo: Zoo) -> Path:
     """An export of the smallest pair in int8, with its processor."""
-    model, processor = zoo.compose(Pair("t5", "t5", "add"))
-    folder = tmp_path_factory.mktemp("int8")
-    model.export(folder, int8=True)
-    processor.save_pretrained(folder)
-    return folder
+    return zoo.export(SMALL, int8=True).folder
 
 
 def test_exported_model_gives_the_logits_of_its_origin_over_padded_prompts(exported):
@@ -90,17 +82,17 @@ def test_prompt_is_read_apart_from_writing(exported):
     assert torch.equal(graphs.generate(prompt=prompt, **GREEDY), model.generate(**inputs, **GREEDY))
 
 
-def test_int8_rounds_the_matrices_and_stays_near(small, folder, tmp_path):
+def test_int8_rounds_the_matrices_and_stays_near(zoo, small, folder):
     model, processor = small
-    model.export(tmp_path / "float32")
-    rounded, exact = (LLM2SLMExportedModel.from_pretrained(path) for path in (folder, tmp_path / "float32"))
+    in_float32 = zoo.export(SMALL).folder
+    rounded, exact = (LLM2SLMExportedModel.from_pretrained(path) for path in (folder, in_float32))
     assert check_export(model, exact) < 1e-5
     assert 1e-5 < check_export(model, rounded) < 0.1
 
     def operators(path: Path) -> set[str]:
         return {node.op_type for node in onnx.load(path / "step.onnx", load_external_data=False).graph.node}
 
-    assert "MatMulNBits" in operators(folder) and "MatMulNBits" not in operators(tmp_path / "float32")
+    assert "MatMulNBits" in operators(folder) and "MatMulNBits" not in operators(in_float32)
     assert rounded.config.export["int8"] is True and exact.config.export["int8"] is False
 
 
@@ -127,7 +119,7 @@ def test_auto_classes_and_pipeline_load_an_export(folder, small):
 
 
 def test_processor_is_exported_too(folder, small, tmp_path, caplog, monkeypatch):
-    """The one that lies beside the checkpoint, or the one that is given; and it is found beside a loaded export."""
+    """The one that lies beside the checkpoint, or the one that was given; and it is found beside a loaded export."""
     monkeypatch.setattr(logging.getLogger("transformers_llm2slm"), "propagate", True)
     model, processor = small
     model.save_pretrained(tmp_path / "model")
@@ -139,12 +131,10 @@ def test_processor_is_exported_too(folder, small, tmp_path, caplog, monkeypatch)
     assert not caplog.records
     assert processor_of(model) is None
     assert "The export will have no processor" in caplog.text and "was composed in memory" in caplog.text
-    model.export(tmp_path / "graphs", processor=processor)
-    for place in (tmp_path / "graphs", folder):
-        loaded = AutoModel.from_pretrained(place)
-        (answer,) = pipeline("text2text-generation", model=loaded)(PROMPTS[0], **GREEDY)
-        tokens = loaded.generate(**processor(PROMPTS[0], return_tensors="pt"), **GREEDY)
-        assert answer["generated_text"] == processor.decode(tokens[0], skip_special_tokens=True)
+    loaded = AutoModel.from_pretrained(folder)
+    (answer,) = pipeline("text2text-generation", model=loaded)(PROMPTS[0], **GREEDY)
+    tokens = loaded.generate(**processor(PROMPTS[0], return_tensors="pt"), **GREEDY)
+    assert answer["generated_text"] == processor.decode(tokens[0], skip_special_tokens=True)
 
 
 def test_export_is_saved_again(folder, tmp_path, small):
@@ -157,31 +147,30 @@ def test_export_is_saved_again(folder, tmp_path, small):
     assert first.exported.runners["step"].session.get_session_options().intra_op_num_threads == 1
 
 
-def test_openvino(small_causal, tmp_path):
+@pytest.mark.parametrize("pair", [SMALL, SMALL_CAUSAL], ids=str)
+def test_openvino(zoo, pair):
     pytest.importorskip("openvino")
-    model, processor = small_causal
-    graphs = model.export(tmp_path, format="openvino")
+    model, processor = zoo.compose(pair)
+    graphs = LLM2SLMExportedModel.from_pretrained(zoo.export(pair, "openvino").folder)
     inputs = processor(text=PROMPTS, padding=True, return_tensors="pt")
     for options in ({}, {"num_beams": 2}):
         assert torch.equal(graphs.generate(**inputs, **GREEDY | options), model.generate(**inputs, **GREEDY | options))
 
 
 @pytest.mark.parametrize(
-    ("pair", "format"), [(Pair("llama", "llama", "align"), "openvino"), (Pair("t5", "t5", "add"), "onnx")], ids=str
+    ("pair", "format", "int8"), [(SMALL_CAUSAL, "onnx", False), (SMALL, "openvino", True)], ids=str
 )
-def test_shortlist_is_built_in(zoo, tmp_path, format, pair):
+def test_shortlist_is_built_in(zoo, tmp_path, pair, format, int8):
     pytest.importorskip(format)
     model, processor = zoo.compose(pair)
     inputs = processor(text=PROMPTS, padding=True, return_tensors="pt")
     usual = set(model.generate(**inputs, **GREEDY).flatten().tolist())
     model.shortlist = [token for token in range(model.config.vocab_size) if token % 4 == 0 and token not in usual]
-    for name, int8 in (("float32", False), ("int8", True)):
-        graphs = model.export(tmp_path / name, format=format, int8=int8)
-        found = graphs.generate(**inputs, **GREEDY)
-        assert int8 or torch.equal(found, model.generate(**inputs, **GREEDY))
-        special = {graphs.generation_config.pad_token_id, graphs.generation_config.eos_token_id}
-        assert set(found.flatten().tolist()) <= set(model.shortlist) | special
-    graphs = LLM2SLMExportedModel.from_pretrained(tmp_path / "float32")
+    found = model.export(tmp_path, format=format, int8=int8).generate(**inputs, **GREEDY)
+    assert int8 or torch.equal(found, model.generate(**inputs, **GREEDY))
+    graphs = LLM2SLMExportedModel.from_pretrained(tmp_path)
+    special = {graphs.generation_config.pad_token_id, graphs.generation_config.eos_token_id}
+    assert set(found.flatten().tolist()) <= set(model.shortlist) | special
     assert graphs.shortlist == model.shortlist
     with pytest.raises(ValueError, match="writes by the shortlist that it was exported with"):
         graphs.generate(**inputs, shortlist=[])
@@ -207,10 +196,8 @@ def test_command_line_exports_and_generates(small, tmp_path, capsys):
     assert answers[0] == answers[1] and answers[0].strip()
 
 
-def test_what_is_exported_is_left_as_it_was(small, tmp_path):
-    model, _ = small
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.train().export(tmp_path)
+def test_what_is_exported_is_left_as_it_was(zoo, small):
+    model, before = zoo.export(SMALL).model, small[0].state_dict()
     assert model.training and model.slm.training and not model.llm.training
     attention, head = model.slm.config._attn_implementation, model.slm.get_output_embeddings().weight
     with exporting(model.slm, ATTENTION):

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import Pair
+from conftest import SMALL_CAUSAL, Pair
 
 from transformers_llm2slm import LLM2SLMExportedModel, LLM2SLMForConditionalGeneration
 
@@ -79,10 +79,9 @@ def test_shortlists(zoo, requests):
 
 @pytest.mark.parametrize(
     ("format", "runtime", "pair"),
-    [("onnx", "onnxruntime", Pair("llama", "qwen3", "kv")), ("openvino", "openvino", Pair("t5", "t5", "add"))],
+    [("onnx", "onnxruntime", Pair("llama", "qwen3", "kv")), ("openvino", "openvino", SMALL_CAUSAL)],
 )
-def test_exports(zoo, requests, tmp_path, format, runtime, pair):
+def test_exports(zoo, requests, format, runtime, pair):
     pytest.importorskip(runtime)
-    zoo.compose(pair)[0].export(tmp_path, format=format)
-    model = LLM2SLMExportedModel.from_pretrained(tmp_path)
+    model = LLM2SLMExportedModel.from_pretrained(zoo.export(pair, format).folder)
     assert answers_are_their_own(lambda ids, _: model.generate(input_ids=ids, **OPTIONS), requests)

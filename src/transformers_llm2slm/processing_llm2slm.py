@@ -291,12 +291,8 @@ class LLM2SLMProcessor(IncludesCode, ProcessorMixin):
                     f"`{name}` must be text or a list of texts, got {type(value).__name__} with the keys {', '.join(map(str, value))}. "
                     f'Pass its column: `processor({name}=rows["..."])`.'
                 )
-        if padding not in (True, False, "longest", "max_length"):
-            raise ValueError(f'`padding` must be True, False, "longest" or "max_length", got {padding!r}.')
         if not isinstance(truncation, bool):
             raise ValueError(f"`truncation` must be True or False, got {truncation!r}.")
-        if return_tensors not in (None, "pt"):
-            raise ValueError(f'`return_tensors` must be None or "pt", got {return_tensors!r}.')
         single = _is_single(text if text is not None else text_target)
         columns: dict[str, list[list[int]]] = {}
         if text is not None:
@@ -340,8 +336,13 @@ class LLM2SLMProcessor(IncludesCode, ProcessorMixin):
             `BatchEncoding`: As from `__call__`, with the columns that a model takes.
 
         Raises:
-            ValueError: for rows that lack a column, or that make no tensor as they are of unequal length.
+            ValueError: for other options than `__call__` takes, rows that lack a column, or rows that make no tensor as they
+                are of unequal length.
         """
+        if padding not in (True, False, "longest", "max_length"):
+            raise ValueError(f'`padding` must be True, False, "longest" or "max_length", got {padding!r}.')
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f'`return_tensors` must be None or "pt", got {return_tensors!r}.')
         columns: dict[str, Any] = (
             dict(encoded_inputs) if isinstance(encoded_inputs, Mapping) else self._columns(encoded_inputs)
         )
