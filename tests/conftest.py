@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import gzip
 import json
 import pathlib
@@ -39,6 +40,12 @@ PROMPTS = [
 RESPONSES = ["Das Haus ist wunderbar.", "A quick small model.", "Hi"]
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>"]
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector, which accelerate runs after each training, may pass it by."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

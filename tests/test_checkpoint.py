@@ -11,7 +11,7 @@ import textwrap
 
 import pytest
 import torch
-from conftest import PROMPTS, Pair
+from conftest import PROMPTS, SMALL, SMALL_CAUSAL, Pair
 from transformers import AutoModel, AutoModelForCausalLM
 
 from transformers_llm2slm import LLM2SLMForConditionalGeneration, loading
@@ -206,50 +206,59 @@ def run(code: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(("name", "online"), [("org/gated", True), ("org/missing", True), ("org/offline", False)])
-def test_llm_that_can_not_be_reached(checkpoint, hub, name, online, tmp_path):
+@pytest.mark.parametrize(("names", "online"), [(("org/gated", "org/missing"), True), (("org/offline",), False)])
+def test_llm_that_can_not_be_reached(checkpoint, hub, names, online, tmp_path):
     """Gated, not there, or offline: the error names the LLM and says how to pass a local copy."""
-    config_file = checkpoint / "config.json"
-    config = json.loads(config_file.read_text()) | {"llm_name_or_path": name, "llm_revision": "a" * 40}
-    config_file.write_text(json.dumps(config))
+    config = json.loads((checkpoint / "config.json").read_text())
+    for name in names:
+        shutil.copytree(checkpoint, tmp_path / name)
+        names_it = config | {"llm_name_or_path": name, "llm_revision": "a" * 40}
+        (tmp_path / name / "config.json").write_text(json.dumps(names_it))
     code = f"""
-        import transformers_llm2slm
+        import json, transformers_llm2slm
         from transformers import AutoModel
-        try:
-            AutoModel.from_pretrained({str(checkpoint)!r})
-        except OSError as error:
-            print(error)
+        errors = []
+        for name in {names!r}:
+            try:
+                AutoModel.from_pretrained({str(tmp_path)!r} + "/" + name)
+            except OSError as error:
+                errors.append(str(error))
+        print(json.dumps(errors))
     """
     hub.create("org/gated", gated=True)
-    printed = run(code, **hub.environment(tmp_path / "cache", HF_HUB_OFFLINE="0" if online else "1"))
-    assert f"The frozen LLM {name!r} (revision {'a' * 40}) could not be loaded" in printed
-    assert "Pass a local copy with `llm_name_or_path=`" in printed and "`load_llm=False`" in printed
-    if name == "org/gated":
-        assert "gated" in printed
+    errors = json.loads(run(code, **hub.environment(tmp_path / "cache", HF_HUB_OFFLINE="0" if online else "1")))
+    for name, error in zip(names, errors, strict=True):
+        assert f"The frozen LLM {name!r} (revision {'a' * 40}) could not be loaded" in error
+        assert "Pass a local copy with `llm_name_or_path=`" in error and "`load_llm=False`" in error
+        assert ("gated" in error.replace(name, "")) == (name == "org/gated")
 
 
 def test_loads_in_another_process(zoo, tmp_path):
     """Import, AutoModel, AutoProcessor, pipeline: the same text as the model in memory, for one tokenizer and two."""
-    for pair in (Pair("t5", "t5", "add"), Pair("llama", "llama", "align")):
-        folder = tmp_path / pair.fusion
+    folders, expected = [], []
+    for pair in (SMALL, SMALL_CAUSAL):
+        folders.append(str(tmp_path / pair.fusion))
         model, processor = zoo.compose(pair)
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        model.save_pretrained(folders[-1])
+        processor.save_pretrained(folders[-1])
         inputs = processor(text=PROMPTS[0], return_tensors="pt")
-        expected = processor.decode(model.generate(**inputs, max_new_tokens=8)[0], skip_special_tokens=True)
-        printed = run(
-            f"""
-            import json, transformers_llm2slm
-            from transformers import AutoModel, AutoProcessor, pipeline
-            model = AutoModel.from_pretrained({str(folder)!r})
-            processor = AutoProcessor.from_pretrained({str(folder)!r})
+        expected += 2 * [processor.decode(model.generate(**inputs, max_new_tokens=8)[0], skip_special_tokens=True)]
+    printed = run(
+        f"""
+        import json, transformers_llm2slm
+        from transformers import AutoModel, AutoProcessor, pipeline
+        texts = []
+        for folder in {folders!r}:
+            model = AutoModel.from_pretrained(folder)
+            processor = AutoProcessor.from_pretrained(folder)
             inputs = processor(text={PROMPTS[0]!r}, return_tensors="pt")
-            text = processor.decode(model.generate(**inputs, max_new_tokens=8)[0], skip_special_tokens=True)
-            pipe = pipeline("text2text-generation", model={str(folder)!r})
-            print(json.dumps([text, pipe({PROMPTS[0]!r}, max_new_tokens=8)[0]["generated_text"]]))
-            """
-        )
-        assert json.loads(printed) == [expected, expected]
+            texts.append(processor.decode(model.generate(**inputs, max_new_tokens=8)[0], skip_special_tokens=True))
+            pipe = pipeline("text2text-generation", model=folder)
+            texts.append(pipe({PROMPTS[0]!r}, max_new_tokens=8)[0]["generated_text"])
+        print(json.dumps(texts))
+        """
+    )
+    assert json.loads(printed) == expected
 
 
 def test_loading_takes_little_more_memory_than_the_parts(tmp_path):
