@@ -7,8 +7,10 @@ import dataclasses
 import gc
 import gzip
 import json
+import math
 import pathlib
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -42,6 +44,12 @@ SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>"]
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Exports first, as they take longest: one of two workers makes each once, and the other takes over what is left."""
+    items.sort(key=lambda item: "test_export" not in item.nodeid)
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays: the garbage collector, which accelerate runs after each training, may pass it by."""
     gc.collect()
@@ -69,18 +77,31 @@ def train_tokenizer(kind: str) -> PreTrainedTokenizerFast:
         trainer = trainers.BpeTrainer(
             vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
         )
+        tokenizer.train_from_iterator(corpus, trainer)
     else:
-        tokenizer = Tokenizer(models.Unigram())
+        pieces = unigram_pieces(corpus, VOCAB_SIZE - 40 - len(SPECIAL_TOKENS))
+        tokenizer = Tokenizer(models.Unigram([*((token, 0.0) for token in SPECIAL_TOKENS), *pieces], unk_id=3))
+        tokenizer.add_special_tokens(SPECIAL_TOKENS)
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         tokenizer.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(
-            vocab_size=VOCAB_SIZE - 40, special_tokens=SPECIAL_TOKENS, unk_token="<unk>", show_progress=False
-        )
-    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def unigram_pieces(corpus: list[str], size: int) -> list[tuple[str, float]]:
+    """
+    All characters, and the parts of words that cover most of the text, with their log-probabilities.
+
+    The same in every process, as `UnigramTrainer`'s are not.
+    """
+    counts: Counter[str] = Counter()
+    for word in ("▁" + word for text in corpus for word in text.split()):
+        counts.update(word[start:end] for start in range(len(word)) for end in range(start + 1, len(word) + 1)[:8])
+    best = sorted(counts, key=lambda piece: (len(piece) > 1, -len(piece) * counts[piece], piece))[:size]
+    total = sum(counts[piece] for piece in best)
+    return [(piece, math.log(counts[piece] / total)) for piece in best]
 
 
 # Families ------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import SMALL_CAUSAL, Pair
+from conftest import SMALL, Pair
 
 from transformers_llm2slm import LLM2SLMExportedModel, LLM2SLMForConditionalGeneration
 
@@ -79,7 +79,7 @@ def test_shortlists(zoo, requests):
 
 @pytest.mark.parametrize(
     ("format", "runtime", "pair"),
-    [("onnx", "onnxruntime", Pair("llama", "qwen3", "kv")), ("openvino", "openvino", SMALL_CAUSAL)],
+    [("onnx", "onnxruntime", Pair("llama", "qwen3", "kv")), ("openvino", "openvino", SMALL)],
 )
 def test_exports(zoo, requests, format, runtime, pair):
     pytest.importorskip(runtime)
