@@ -10,7 +10,6 @@ import json
 import math
 import pathlib
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -66,6 +65,11 @@ def default_logging() -> None:
 # Tokenizers ----------------------------------------------------------------------------------------------------------
 
 
+def train(tokenizer: Tokenizer, corpus: list[str], vocab_size: int, **options: object) -> None:
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False, **options)
+    tokenizer.train_from_iterator(corpus, trainer)
+
+
 def train_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """A `bpe` (byte-level) or a `unigram` (white space marked) tokenizer that ends every text with `</s>`."""
     corpus = PROMPTS + RESPONSES + [transformers.PreTrainedModel.__doc__ or ""]
@@ -73,14 +77,13 @@ def train_tokenizer(kind: str) -> PreTrainedTokenizerFast:
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
-        )
-        tokenizer.train_from_iterator(corpus, trainer)
+        train(tokenizer, corpus, VOCAB_SIZE, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     else:
-        pieces = unigram_pieces(corpus, VOCAB_SIZE - 40 - len(SPECIAL_TOKENS))
-        tokenizer = Tokenizer(models.Unigram([*((token, 0.0) for token in SPECIAL_TOKENS), *pieces], unk_id=3))
+        pieces = Tokenizer(models.BPE(unk_token="<unk>"))  # `UnigramTrainer` chooses others in each process
+        pieces.pre_tokenizer = pre_tokenizers.Metaspace()
+        train(pieces, corpus, VOCAB_SIZE - 40)
+        vocabulary = sorted(pieces.get_vocab().items(), key=lambda piece: piece[1])
+        tokenizer = Tokenizer(models.Unigram([(piece, -math.log(1 + rank)) for piece, rank in vocabulary], unk_id=3))
         tokenizer.add_special_tokens(SPECIAL_TOKENS)
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         tokenizer.decoder = decoders.Metaspace()
@@ -88,20 +91,6 @@ def train_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
-
-
-def unigram_pieces(corpus: list[str], size: int) -> list[tuple[str, float]]:
-    """
-    All characters, and the parts of words that cover most of the text, with their log-probabilities.
-
-    The same in every process, as `UnigramTrainer`'s are not.
-    """
-    counts: Counter[str] = Counter()
-    for word in ("▁" + word for text in corpus for word in text.split()):
-        counts.update(word[start:end] for start in range(len(word)) for end in range(start + 1, len(word) + 1)[:8])
-    best = sorted(counts, key=lambda piece: (len(piece) > 1, -len(piece) * counts[piece], piece))[:size]
-    total = sum(counts[piece] for piece in best)
-    return [(piece, math.log(counts[piece] / total)) for piece in best]
 
 
 # Families ------------------------------------------------------------------------------------------------------------
